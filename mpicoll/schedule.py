@@ -1,0 +1,224 @@
+"""Transfer, Round, Schedule: the one description of a collective algorithm.
+
+Vocabulary
+----------
+chunk     the unit an algorithm moves, a number from 0 to nchunks - 1. The same number means the same
+          data on every rank; where it lies in memory is decided later, when a schedule is compiled.
+transfer  ``(src, dst, chunk, op)``: rank ``src`` sends its ``chunk`` to rank ``dst``, which stores it
+          (``copy``) or combines it with its own (``reduce``). One transfer describes both ends, so a send
+          without its receive cannot be written.
+round     transfers that may all happen at once.
+
+The meaning of a round
+----------------------
+1. Every read sees the state at the round's start.
+2. A chunk of a rank is written by one ``copy``, or by any number of ``reduce`` transfers. Several
+   reductions into one chunk are *one* reduction of all their sources and the rank's own value, folded
+   in ascending rank order: so ranks that reduce the same sources get the same bits.
+3. A chunk may be sent and reduced into in one round (both ends of an exchange do so), but not sent and
+   overwritten by a copy.
+4. There is no barrier between rounds: a rank waits for its own transfers only.
+
+``verify`` proves these rules kept and the result right, ``transports`` execute the same object.
+This module needs NumPy only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+COPY = "copy"
+REDUCE = "reduce"
+CACHE_LINE = 64  # bytes; chunks begin on a line of their own so that two ranks never write to one
+
+IntArray = npt.NDArray[np.int64]
+Ints = int | Sequence[int] | npt.NDArray[np.integer]
+
+
+class Transfer(NamedTuple):
+    """Rank ``src`` sends ``chunk`` to rank ``dst``, which copies or reduces it (``op``)."""
+
+    src: int
+    dst: int
+    chunk: int
+    op: str
+
+
+@dataclass(frozen=True, eq=False)
+class Round:
+    """Transfers that may all happen at once, as columns of equal length.
+
+    ``src``, ``dst`` and ``chunk`` are int64, ``reduce`` is bool (False means copy). Iterating yields
+    `Transfer` objects; use the columns where speed matters.
+    """
+
+    src: IntArray
+    dst: IntArray
+    chunk: IntArray
+    reduce: npt.NDArray[np.bool_]
+
+    @classmethod
+    def of(cls, src: Ints, dst: Ints, chunk: Ints, op: str) -> Round:
+        """A round of transfers that all do the same ``op``; single numbers are repeated as needed."""
+        columns = np.broadcast_arrays(
+            np.atleast_1d(np.asarray(src, np.int64)), np.asarray(dst, np.int64), np.asarray(chunk, np.int64)
+        )
+        return cls(*columns, reduce=np.full(len(columns[0]), op == REDUCE))
+
+    @classmethod
+    def from_transfers(cls, transfers: Sequence[Transfer]) -> Round:
+        """A round from `Transfer` objects, for small or irregular rounds."""
+        columns = np.array([t[:3] for t in transfers], np.int64).reshape(-1, 3).T
+        return cls(*columns, reduce=np.array([t.op == REDUCE for t in transfers], bool))
+
+    @classmethod
+    def union(cls, rounds: Sequence[Round]) -> Round:
+        """All transfers of ``rounds`` in one round."""
+        names = ("src", "dst", "chunk", "reduce")
+        return cls(*(np.concatenate([getattr(r, name) for r in rounds]) for name in names))
+
+    def __len__(self) -> int:
+        return len(self.src)
+
+    def __iter__(self) -> Iterator[Transfer]:
+        columns = (self.src.tolist(), self.dst.tolist(), self.chunk.tolist(), self.reduce.tolist())
+        for src, dst, chunk, reduce in zip(*columns, strict=True):
+            yield Transfer(src, dst, chunk, REDUCE if reduce else COPY)
+
+    def involving(self, rank: int) -> Round:
+        """The transfers that ``rank`` sends or receives, in the same order."""
+        mine = (self.src == rank) | (self.dst == rank)
+        return Round(self.src[mine], self.dst[mine], self.chunk[mine], self.reduce[mine])
+
+
+@dataclass(frozen=True)
+class Collective:
+    """What a collective starts from and must end with, in chunks.
+
+    ``inputs`` and ``outputs`` take (rank, nranks, nchunks, root) and return chunk numbers: those that the
+    rank holds at the start, and those it must hold at the end. ``reduces``: the output is the reduction of
+    every rank's chunk; otherwise it is the one input. ``idempotent``: a contribution may count twice.
+    """
+
+    name: str
+    inputs: Callable[[int, int, int, int], IntArray]
+    outputs: Callable[[int, int, int, int], IntArray]
+    reduces: bool = False
+    rooted: bool = False
+    idempotent: bool = False
+
+
+def _all(rank: int, nranks: int, nchunks: int, root: int) -> IntArray:
+    return np.arange(nchunks)
+
+
+def _own(rank: int, nranks: int, nchunks: int, root: int) -> IntArray:
+    return np.array([rank])
+
+
+def _all_at_root(rank: int, nranks: int, nchunks: int, root: int) -> IntArray:
+    return np.arange(nchunks if rank == root else 0)
+
+
+def _sent(rank: int, nranks: int, nchunks: int, root: int) -> IntArray:
+    return rank * nranks + np.arange(nranks)
+
+
+def _received(rank: int, nranks: int, nchunks: int, root: int) -> IntArray:
+    return np.arange(nranks) * nranks + rank
+
+
+COLLECTIVES = {
+    c.name: c
+    for c in (
+        Collective("allreduce", _all, _all, reduces=True),
+        Collective("reduce_scatter", _all, _own, reduces=True),
+        Collective("reduce", _all, _all_at_root, reduces=True, rooted=True),
+        Collective("allgather", _own, _all),
+        Collective("broadcast", _all_at_root, _all, rooted=True),
+        Collective("gather", _own, _all_at_root, rooted=True),
+        Collective("scatter", _all_at_root, _own, rooted=True),
+        # Chunk i * nranks + j is what rank i sends to rank j.
+        Collective("alltoall", _sent, _received),
+        # One empty chunk; that every rank's contribution arrives is what makes it a barrier.
+        Collective("barrier", _all, _all, reduces=True, idempotent=True),
+    )
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Schedule:
+    """An algorithm for ``nranks`` ranks: ``nrounds`` rounds, each made when it is asked for.
+
+    A 4,096-rank ring has 33 million transfers; nothing but the round in hand is ever in memory.
+    ``root`` is 0 for collectives without one.
+    """
+
+    name: str
+    collective: str
+    nranks: int
+    nchunks: int
+    nrounds: int
+    make_round: Callable[[int], Round]
+    root: int = 0
+
+    @classmethod
+    def from_rounds(
+        cls, name: str, collective: str, nranks: int, nchunks: int, rounds: Sequence[Round], root: int = 0
+    ) -> Schedule:
+        """A schedule from rounds that are already made; empty rounds are left out."""
+        kept = [r for r in rounds if len(r)]
+        return cls(name, collective, nranks, nchunks, len(kept), kept.__getitem__, root)
+
+    @property
+    def rounds(self) -> Iterator[Round]:
+        """The rounds in order, made one at a time."""
+        return (self.make_round(k) for k in range(self.nrounds))
+
+    def inputs(self, rank: int) -> IntArray:
+        """The chunks that ``rank`` holds at the start."""
+        return COLLECTIVES[self.collective].inputs(rank, self.nranks, self.nchunks, self.root)
+
+    def outputs(self, rank: int) -> IntArray:
+        """The chunks that ``rank`` must hold, complete, at the end."""
+        return COLLECTIVES[self.collective].outputs(rank, self.nranks, self.nchunks, self.root)
+
+
+def in_sequence(name: str, collective: str, phases: Sequence[Schedule]) -> Schedule:
+    """One schedule that runs ``phases`` one after the other; they share ranks, chunks and root."""
+    first = phases[0]
+    ends = np.cumsum([phase.nrounds for phase in phases])
+
+    def make_round(k: int) -> Round:
+        phase = int(np.searchsorted(ends, k, side="right"))
+        return phases[phase].make_round(k - int(ends[phase]) + phases[phase].nrounds)
+
+    return Schedule(name, collective, first.nranks, first.nchunks, int(ends[-1]), make_round, first.root)
+
+
+def chunk_bounds(count: int, nchunks: int, itemsize: int = CACHE_LINE) -> IntArray:
+    """Where each chunk of ``count`` elements begins and ends: int64 ``[nchunks + 1]``, in elements.
+
+    Chunks are as even as whole cache lines of ``itemsize``-byte elements allow and lie one after the other;
+    with few elements some are empty. The default ``itemsize`` makes every element a line of its own: the
+    most even split.
+    """
+    per_line = max(1, CACHE_LINE // itemsize)
+    lines = -(-count // per_line)
+    bounds = (np.arange(nchunks + 1, dtype=np.int64) * lines // nchunks) * per_line
+    return np.minimum(bounds, count)
+
+
+def check_shape(nranks: int, root: int = 0, nchunks: int = 1) -> None:
+    """Raise `ValueError` for arguments that no algorithm can work with."""
+    if nranks < 1:
+        raise ValueError(f"nranks: expected at least 1, got {nranks}")
+    if not 0 <= root < nranks:
+        raise ValueError(f"root: expected a rank from 0 to {nranks - 1}, got {root}")
+    if nchunks < 1:
+        raise ValueError(f"nchunks: expected at least 1, got {nchunks}")
