@@ -1,0 +1,193 @@
+"""CPU reduction kernels: ``dst[i] = a[i] op b[i]``, compiled for one operation and dtype when first used.
+
+Each kernel is a C function ``void (dst*, a*, b*, intp count)`` found by its address, so the compiled
+transports call whichever they are given and are themselves compiled once. ``dst`` may be ``a``, otherwise
+the three do not overlap. 16-bit floats are computed in float32 and rounded once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import numpy as np
+from numba import cfunc, njit, types
+
+from .elements import BFLOAT16_DTYPE, element_type, load, same_address, store
+
+@njit(inline="always")
+def _apply(combine, dst, a, b, count):  # type: ignore[no-untyped-def]
+    # The in-place case has a loop of its own: LLVM's overlap test between dst and a would otherwise send it
+    # to scalar code.
+    if same_address(dst, a):
+        for i in range(count):
+            store(dst, i, combine(load(dst, i), load(b, i)))
+    else:
+        for i in range(count):
+            store(dst, i, combine(load(a, i), load(b, i)))
+
+
+@njit(inline="always")
+def _sum_of(x, y):  # type: ignore[no-untyped-def]
+    return x + y
+
+
+@njit(inline="always")
+def _prod_of(x, y):  # type: ignore[no-untyped-def]
+    return x * y
+
+
+@njit(inline="always")
+def _min_of(x, y):  # type: ignore[no-untyped-def]
+    return x if (x < y) | (x != x) else y  # a NaN on either side stays
+
+
+@njit(inline="always")
+def _max_of(x, y):  # type: ignore[no-untyped-def]
+    return x if (x > y) | (x != x) else y
+
+
+@njit(inline="always")
+def _band_of(x, y):  # type: ignore[no-untyped-def]
+    return x & y
+
+
+@njit(inline="always")
+def _bor_of(x, y):  # type: ignore[no-untyped-def]
+    return x | y
+
+
+@njit(inline="always")
+def _bxor_of(x, y):  # type: ignore[no-untyped-def]
+    return x ^ y
+
+
+@njit(inline="always")
+def _land_of(x, y):  # type: ignore[no-untyped-def]
+    return (x != 0) & (y != 0)
+
+
+@njit(inline="always")
+def _lor_of(x, y):  # type: ignore[no-untyped-def]
+    return (x != 0) | (y != 0)
+
+
+@njit(inline="always")
+def _lxor_of(x, y):  # type: ignore[no-untyped-def]
+    return (x != 0) ^ (y != 0)
+
+
+def _sum(dst, a, b, count):  # type: ignore[no-untyped-def]
+    _apply(_sum_of, dst, a, b, count)
+
+
+def _prod(dst, a, b, count):  # type: ignore[no-untyped-def]
+    _apply(_prod_of, dst, a, b, count)
+
+
+def _min(dst, a, b, count):  # type: ignore[no-untyped-def]
+    _apply(_min_of, dst, a, b, count)
+
+
+def _max(dst, a, b, count):  # type: ignore[no-untyped-def]
+    _apply(_max_of, dst, a, b, count)
+
+
+def _band(dst, a, b, count):  # type: ignore[no-untyped-def]
+    _apply(_band_of, dst, a, b, count)
+
+
+def _bor(dst, a, b, count):  # type: ignore[no-untyped-def]
+    _apply(_bor_of, dst, a, b, count)
+
+
+def _bxor(dst, a, b, count):  # type: ignore[no-untyped-def]
+    _apply(_bxor_of, dst, a, b, count)
+
+
+def _land(dst, a, b, count):  # type: ignore[no-untyped-def]
+    _apply(_land_of, dst, a, b, count)
+
+
+def _lor(dst, a, b, count):  # type: ignore[no-untyped-def]
+    _apply(_lor_of, dst, a, b, count)
+
+
+def _lxor(dst, a, b, count):  # type: ignore[no-untyped-def]
+    _apply(_lxor_of, dst, a, b, count)
+
+
+def _cast(dst, src, count):  # type: ignore[no-untyped-def]
+    for i in range(count):
+        store(dst, i, load(src, i))
+
+
+def _scale(dst, count, factor):  # type: ignore[no-untyped-def]
+    for i in range(count):
+        store(dst, i, load(dst, i) * factor)
+
+
+_KERNELS: dict[str, Callable[..., None]] = {
+    "SUM": _sum,
+    "PROD": _prod,
+    "MIN": _min,
+    "MAX": _max,
+    "BAND": _band,
+    "BOR": _bor,
+    "BXOR": _bxor,
+    "LAND": _land,
+    "LOR": _lor,
+    "LXOR": _lxor,
+}
+
+# What an operation may be applied to, as NumPy dtype kinds (b bool, i u integers, f floats, c complex; V is
+# how NumPy names bfloat16).
+_KINDS = {
+    "SUM": "iufcV",
+    "PROD": "iufcV",
+    "MIN": "iufV",
+    "MAX": "iufV",
+    "BAND": "iu",
+    "BOR": "iu",
+    "BXOR": "iu",
+    "LAND": "biu",
+    "LOR": "biu",
+    "LXOR": "biu",
+}
+
+DTYPES = frozenset(np.dtype(code) for code in "?bhilqBHILQefdFD") | {BFLOAT16_DTYPE}
+OPERATIONS = tuple(_KERNELS)
+
+
+def supports(op: str, dtype: np.dtype[Any]) -> bool:
+    """Whether a reduction kernel exists for ``op`` on ``dtype``."""
+    return dtype in DTYPES and dtype.kind in _KINDS[op]
+
+
+@cache
+def reduce_kernel(op: str, dtype: np.dtype[Any]) -> int:
+    """Address of ``void (dst*, a*, b*, intp count)`` doing ``dst = a op b``.
+
+    Raises TypeError where ``op`` is not defined for ``dtype``.
+    """
+    if not supports(op, dtype):
+        allowed = [name for name in OPERATIONS if supports(name, dtype)]
+        raise TypeError(f"op: {op} is not defined for {dtype}; allowed: {', '.join(allowed) or 'none'}")
+    pointer = types.CPointer(element_type(dtype))
+    compiled = cfunc(types.void(pointer, pointer, pointer, types.intp), cache=True)(_KERNELS[op])
+    return int(compiled.address)
+
+
+@cache
+def cast_kernel(dst: np.dtype[Any], src: np.dtype[Any]) -> Callable[[int, int, int], None]:
+    """``f(dst_address, src_address, count)`` converting elements, rounding to nearest even."""
+    signature = types.void(types.CPointer(element_type(dst)), types.CPointer(element_type(src)), types.intp)
+    return cfunc(signature, cache=True)(_cast).ctypes  # type: ignore[no-any-return]
+
+
+@cache
+def scale_kernel(dtype: np.dtype[Any]) -> int:
+    """Address of ``void (dst*, intp count, double factor)`` doing ``dst *= factor``."""
+    signature = types.void(types.CPointer(element_type(dtype)), types.intp, types.float64)
+    return int(cfunc(signature, cache=True)(_scale).address)

@@ -1,0 +1,239 @@
+"""The messages transport: executes programs with MPI's point-to-point functions.
+
+`_advance` is a compiled loop without the GIL. It reads a program's rows and calls MPI_Isend, MPI_Irecv and
+MPI_Test itself, through their addresses, so a step costs no Python. It returns whenever it has polled for a
+while, and goes on where it stopped when called again: signals reach Python, deadlines hold, and a request
+can be advanced a little at a time.
+
+One code path serves all MPI libraries: handles are passed in 64-bit registers whether the library's are
+4 bytes wide (MPICH, Intel MPI) or pointers (Open MPI), and request arrays have the library's stride.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import re
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from llvmlite import ir
+from mpi4py import MPI
+from numba import njit, types
+from numba.extending import intrinsic
+
+from mpicoll.transports.program import COLUMNS, Op, Program
+
+# Slots of a plan's state, all int64.
+PC = 0  # the next row
+NROWS = 1
+ROWS = 2  # address of the program's rows
+BUFFERS = 3  # addresses of INPUT, OUTPUT, SCRATCH
+REQUESTS = 6  # address of the MPI_Request array
+STRIDE = 7  # bytes of one MPI_Request
+COMM = 8
+BYTE = 9  # the handle of MPI_BYTE
+TAG = 10
+REDUCE_KERNEL = 11
+SCALE_KERNEL = 12
+FACTOR = 13  # a float64
+ISEND = 14  # addresses of functions
+IRECV = 15
+TEST = 16
+YIELD = 17
+SPINS = 18  # polls before yielding the core
+POLLS = 19  # polls before returning to Python
+FLAG = 20  # an int that MPI_Test writes
+STATUS = 24  # an MPI_Status that nobody reads
+STATE_SIZE = 64
+
+DONE = 0
+PENDING = -1  # any other result is an MPI error code
+
+_WIDTH = len(COLUMNS)
+_RECV, _SEND, _WAIT, _REDUCE, _COPY = (int(op) for op in (Op.RECV, Op.SEND, Op.WAIT, Op.REDUCE, Op.COPY))
+
+
+@intrinsic
+def _call(typingctx: Any, address: Any, arguments: Any) -> Any:
+    """Call the C function at ``address``; integers and floats are passed as they are, the result is an int."""
+
+    def codegen(context: Any, builder: ir.IRBuilder, signature: Any, values: Any) -> ir.Value:
+        unpacked = [builder.extract_value(values[1], i) for i in range(len(arguments))]
+        function = ir.FunctionType(ir.IntType(32), [value.type for value in unpacked])
+        pointer = builder.inttoptr(values[0], function.as_pointer())
+        return builder.call(pointer, unpacked)
+
+    return types.int32(types.int64, arguments), codegen
+
+
+@intrinsic
+def _int64s(typingctx: Any, address: Any) -> Any:
+    """The int64 array at ``address``."""
+
+    def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
+        return builder.inttoptr(args[0], ir.IntType(64).as_pointer())
+
+    return types.CPointer(types.int64)(types.int64), codegen
+
+
+@intrinsic
+def _read_int32(typingctx: Any, address: Any) -> Any:
+    """The int at ``address``, read anew each time."""
+
+    def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
+        return builder.load(builder.inttoptr(args[0], ir.IntType(32).as_pointer()))
+
+    return types.int32(types.int64), codegen
+
+
+@intrinsic
+def _as_float(typingctx: Any, bits: Any) -> Any:
+    """The float64 with these bits."""
+
+    def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
+        return builder.bitcast(args[0], ir.DoubleType())
+
+    return types.float64(types.int64), codegen
+
+
+@intrinsic
+def _copy_bytes(typingctx: Any, dst: Any, src: Any, nbytes: Any) -> Any:
+    """memmove: an input may be given as the output, too."""
+
+    def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
+        byte, word = ir.IntType(8).as_pointer(), ir.IntType(64)
+        move = builder.module.declare_intrinsic("llvm.memmove", [byte, byte, word])
+        dst, src = (builder.inttoptr(arg, byte) for arg in args[:2])
+        builder.call(move, [dst, src, args[2], ir.IntType(1)(0)])
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, types.int64), codegen
+
+
+@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+def _wait(s, request):  # type: ignore[no-untyped-def]
+    """Poll one request: DONE, PENDING after POLLS polls, or an error code."""
+    flag, status = s[FLAG], s[STATUS]
+    spins = s[SPINS]
+    for poll in range(s[POLLS]):
+        error = _call(s[TEST], (request, flag, status))
+        if error != 0:
+            return types.int64(error)
+        if _read_int32(flag) != 0:
+            return DONE
+        if poll >= spins:
+            _call(s[YIELD], ())
+    return PENDING
+
+
+@njit("int64(int64)", nogil=True, cache=True)  # type: ignore[untyped-decorator]
+def _advance(state):  # type: ignore[no-untyped-def]
+    """Execute rows from PC on, until done, an error, or a message that does not come for a while."""
+    s = _int64s(state)
+    rows = _int64s(s[ROWS])
+    pc = s[PC]
+    nrows = s[NROWS]
+    result = DONE
+    while pc < nrows:
+        r = pc * _WIDTH
+        op, count = rows[r], rows[r + 3]
+        request = s[REQUESTS] + rows[r + 1] * s[STRIDE]
+        dst = s[BUFFERS + rows[r + 4]] + rows[r + 5]
+        a = s[BUFFERS + rows[r + 6]] + rows[r + 7]
+        if op == _WAIT:
+            result = _wait(s, request)
+        elif op == _RECV:
+            ends = (types.int32(rows[r + 2]), types.int32(s[TAG]))
+            result = _call(s[IRECV], (dst, types.int32(count), s[BYTE], ends[0], ends[1], s[COMM], request))
+        elif op == _SEND:
+            ends = (types.int32(rows[r + 2]), types.int32(s[TAG]))
+            result = _call(s[ISEND], (a, types.int32(count), s[BYTE], ends[0], ends[1], s[COMM], request))
+        elif op == _REDUCE:
+            b = s[BUFFERS + rows[r + 8]] + rows[r + 9]
+            _call(s[REDUCE_KERNEL], (dst, a, b, count))
+        elif op == _COPY:
+            _copy_bytes(dst, a, count)
+        else:
+            _call(s[SCALE_KERNEL], (dst, count, _as_float(s[FACTOR])))
+        if result != DONE:
+            break
+        pc += 1
+    s[PC] = pc
+    return result
+
+
+def _library_path() -> str:
+    """The file of the MPI library that mpi4py has loaded, which need not be the first on any search path."""
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        path = line.split(maxsplit=5)[-1]
+        if re.match(r"lib(mpi|mpich|mpi_abi|mpi_cray)\.so", os.path.basename(path)):
+            return path
+    raise RuntimeError("mpicoll found no MPI library (libmpi*.so) in this process; expected mpi4py to load one")
+
+
+@cache
+def _functions() -> dict[int, int]:
+    """Addresses of the C functions that programs call, by their state slot."""
+    mpi, libc = ctypes.CDLL(_library_path()), ctypes.CDLL(None)
+    found = {ISEND: mpi.MPI_Isend, IRECV: mpi.MPI_Irecv, TEST: mpi.MPI_Test, YIELD: libc.sched_yield}
+    return {slot: ctypes.cast(f, ctypes.c_void_p).value or 0 for slot, f in found.items()}
+
+
+@cache
+def spins(ranks_on_node: int) -> int:
+    """Polls before a waiting rank yields its core: none where ranks outnumber the cores they may use."""
+    return 0 if ranks_on_node > len(os.sched_getaffinity(0)) else 1000
+
+
+def _handle(thing: MPI.Intracomm | MPI.Datatype) -> int:
+    """The C handle of an MPI object, without the sign that a 4-byte handle is extended with."""
+    bits = 8 * MPI._sizeof(thing)
+    return int(MPI._handleof(thing)) & ((1 << bits) - 1)
+
+
+class MessagePlan:
+    """A program bound to a communicator, a tag and kernels, with its requests and scratch memory.
+
+    `start` with the buffers' addresses, then `advance` until it says true. The handles, the scratch
+    memory and the compiled rows are made once and used for every start.
+    """
+
+    def __init__(
+        self, program: Program, comm: MPI.Intracomm, ranks_on_node: int, kernel: int = 0, scale: int = 0
+    ) -> None:
+        stride = MPI._sizeof(MPI.Request)
+        self._rows = program.rows
+        self._requests = np.zeros(max(1, program.requests) * stride, np.uint8)
+        self._scratch = np.empty(program.scratch + 64, np.uint8)
+        self._state = state = np.zeros(STATE_SIZE, np.int64)
+        state[NROWS], state[ROWS] = len(program.rows), self._rows.ctypes.data
+        state[BUFFERS + 2] = -(-self._scratch.ctypes.data // 64) * 64
+        state[REQUESTS], state[STRIDE] = self._requests.ctypes.data, stride
+        state[COMM], state[BYTE] = _handle(comm), _handle(MPI.BYTE)
+        state[REDUCE_KERNEL], state[SCALE_KERNEL] = kernel, scale
+        state[FACTOR : FACTOR + 1].view(np.float64)[0] = 1 / comm.Get_size()
+        state[SPINS], state[POLLS] = spins(ranks_on_node), 20_000
+        for slot, address in _functions().items():
+            state[slot] = address
+        self._address = state.ctypes.data
+        state[FLAG], state[STATUS] = self._address + 8 * (FLAG + 1), self._address + 8 * (STATUS + 1)
+        self._memory = memoryview(state)  # item assignment at a fraction of NumPy's cost
+
+    def start(self, tag: int, send: int, recv: int) -> None:
+        """Point the program at the caller's buffers and go to its first row; nothing is sent yet."""
+        memory = self._memory
+        memory[PC] = 0
+        memory[TAG] = tag
+        memory[BUFFERS] = send
+        memory[BUFFERS + 1] = recv
+
+    def advance(self) -> bool:
+        """Go on; whether the program has ended. Raises `MPI.Exception` if MPI reports an error."""
+        result = _advance(self._address)
+        if result > DONE:
+            raise MPI.Exception(result)
+        return bool(result == DONE)
+
