@@ -7,12 +7,14 @@ the three do not overlap. 16-bit floats are computed in float32 and rounded once
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable
 from functools import cache
 from typing import Any
 
 import numpy as np
 from numba import cfunc, njit, types
+from numba.core.ccallback import CFunc
 
 from .elements import BFLOAT16_DTYPE, element_type, load, same_address, store
 
@@ -165,29 +167,37 @@ def supports(op: str, dtype: np.dtype[Any]) -> bool:
     return dtype in DTYPES and dtype.kind in _KINDS[op]
 
 
+def check_supported(op: str, dtype: np.dtype[Any]) -> None:
+    """Raise TypeError, naming what is allowed, where ``op`` is not defined for ``dtype``."""
+    if not supports(op, dtype):
+        allowed = [name for name in OPERATIONS if supports(name, dtype)]
+        raise TypeError(f"op: {op} is not defined for {dtype}; allowed: {', '.join(allowed) or 'none'}")
+
+
 @cache
+def _compiled(kernel: Callable[..., None], *arguments: types.Type) -> CFunc:
+    """The kernel as a C function; kept for good, for compiled code holds its address."""
+    return cfunc(types.void(*arguments), cache=True)(kernel)
+
+
 def reduce_kernel(op: str, dtype: np.dtype[Any]) -> int:
     """Address of ``void (dst*, a*, b*, intp count)`` doing ``dst = a op b``.
 
     Raises TypeError where ``op`` is not defined for ``dtype``.
     """
-    if not supports(op, dtype):
-        allowed = [name for name in OPERATIONS if supports(name, dtype)]
-        raise TypeError(f"op: {op} is not defined for {dtype}; allowed: {', '.join(allowed) or 'none'}")
+    check_supported(op, dtype)
     pointer = types.CPointer(element_type(dtype))
-    compiled = cfunc(types.void(pointer, pointer, pointer, types.intp), cache=True)(_KERNELS[op])
-    return int(compiled.address)
+    return int(_compiled(_KERNELS[op], pointer, pointer, pointer, types.intp).address)
+
+
+def scale_kernel(dtype: np.dtype[Any]) -> int:
+    """Address of ``void (dst*, intp count, double factor)`` doing ``dst *= factor``."""
+    return int(_compiled(_scale, types.CPointer(element_type(dtype)), types.intp, types.float64).address)
 
 
 @cache
 def cast_kernel(dst: np.dtype[Any], src: np.dtype[Any]) -> Callable[[int, int, int], None]:
     """``f(dst_address, src_address, count)`` converting elements, rounding to nearest even."""
-    signature = types.void(types.CPointer(element_type(dst)), types.CPointer(element_type(src)), types.intp)
-    return cfunc(signature, cache=True)(_cast).ctypes  # type: ignore[no-any-return]
-
-
-@cache
-def scale_kernel(dtype: np.dtype[Any]) -> int:
-    """Address of ``void (dst*, intp count, double factor)`` doing ``dst *= factor``."""
-    signature = types.void(types.CPointer(element_type(dtype)), types.intp, types.float64)
-    return int(cfunc(signature, cache=True)(_scale).address)
+    pointers = (types.CPointer(element_type(dtype)) for dtype in (dst, src))
+    prototype = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_ssize_t)
+    return prototype(_compiled(_cast, *pointers, types.intp).address)

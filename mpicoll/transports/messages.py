@@ -44,13 +44,16 @@ IRECV = 15
 TEST = 16
 YIELD = 17
 SPINS = 18  # polls before yielding the core
-POLLS = 19  # polls before returning to Python
-FLAG = 20  # an int that MPI_Test writes
-STATUS = 24  # an MPI_Status that nobody reads
+FLAG = 19  # address of an int that MPI_Test writes, and the int
+STATUS = 21  # address of an MPI_Status that nobody reads, and the status
 STATE_SIZE = 64
 
 DONE = 0
 PENDING = -1  # any other result is an MPI error code
+
+# Polls of a message that does not come before `_advance` returns to Python.
+PATIENT = 20_000  # milliseconds: often enough for signals
+BRIEF = 1  # for calls that must not block
 
 _WIDTH = len(COLUMNS)
 _RECV, _SEND, _WAIT, _REDUCE, _COPY = (int(op) for op in (Op.RECV, Op.SEND, Op.WAIT, Op.REDUCE, Op.COPY))
@@ -114,11 +117,11 @@ def _copy_bytes(typingctx: Any, dst: Any, src: Any, nbytes: Any) -> Any:
 
 
 @njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
-def _wait(s, request):  # type: ignore[no-untyped-def]
-    """Poll one request: DONE, PENDING after POLLS polls, or an error code."""
+def _wait(s, request, polls):  # type: ignore[no-untyped-def]
+    """Poll one request: DONE, PENDING after ``polls`` polls, or an error code."""
     flag, status = s[FLAG], s[STATUS]
     spins = s[SPINS]
-    for poll in range(s[POLLS]):
+    for poll in range(polls):
         error = _call(s[TEST], (request, flag, status))
         if error != 0:
             return types.int64(error)
@@ -129,8 +132,8 @@ def _wait(s, request):  # type: ignore[no-untyped-def]
     return PENDING
 
 
-@njit("int64(int64)", nogil=True, cache=True)  # type: ignore[untyped-decorator]
-def _advance(state):  # type: ignore[no-untyped-def]
+@njit("int64(int64, int64)", nogil=True, cache=True)  # type: ignore[untyped-decorator]
+def _advance(state, polls):  # type: ignore[no-untyped-def]
     """Execute rows from PC on, until done, an error, or a message that does not come for a while."""
     s = _int64s(state)
     rows = _int64s(s[ROWS])
@@ -144,7 +147,7 @@ def _advance(state):  # type: ignore[no-untyped-def]
         dst = s[BUFFERS + rows[r + 4]] + rows[r + 5]
         a = s[BUFFERS + rows[r + 6]] + rows[r + 7]
         if op == _WAIT:
-            result = _wait(s, request)
+            result = _wait(s, request, polls)
         elif op == _RECV:
             ends = (types.int32(rows[r + 2]), types.int32(s[TAG]))
             result = _call(s[IRECV], (dst, types.int32(count), s[BYTE], ends[0], ends[1], s[COMM], request))
@@ -197,7 +200,7 @@ def _handle(thing: MPI.Intracomm | MPI.Datatype) -> int:
 class MessagePlan:
     """A program bound to a communicator, a tag and kernels, with its requests and scratch memory.
 
-    `start` with the buffers' addresses, then `advance` until it says true. The handles, the scratch
+    Call `start` with the buffers' addresses, then `advance` until it says true. The handles, the scratch
     memory and the compiled rows are made once and used for every start.
     """
 
@@ -206,6 +209,7 @@ class MessagePlan:
     ) -> None:
         stride = MPI._sizeof(MPI.Request)
         self._rows = program.rows
+        self.scratch = program.scratch  # bytes
         self._requests = np.zeros(max(1, program.requests) * stride, np.uint8)
         self._scratch = np.empty(program.scratch + 64, np.uint8)
         self._state = state = np.zeros(STATE_SIZE, np.int64)
@@ -215,7 +219,7 @@ class MessagePlan:
         state[COMM], state[BYTE] = _handle(comm), _handle(MPI.BYTE)
         state[REDUCE_KERNEL], state[SCALE_KERNEL] = kernel, scale
         state[FACTOR : FACTOR + 1].view(np.float64)[0] = 1 / comm.Get_size()
-        state[SPINS], state[POLLS] = spins(ranks_on_node), 20_000
+        state[SPINS] = spins(ranks_on_node)
         for slot, address in _functions().items():
             state[slot] = address
         self._address = state.ctypes.data
@@ -230,9 +234,13 @@ class MessagePlan:
         memory[BUFFERS] = send
         memory[BUFFERS + 1] = recv
 
-    def advance(self) -> bool:
-        """Go on; whether the program has ended. Raises `MPI.Exception` if MPI reports an error."""
-        result = _advance(self._address)
+    def advance(self, polls: int = PATIENT) -> bool:
+        """Go on; whether the program has ended.
+
+        Returns false when a message has not come after ``polls`` polls. Raises `MPI.Exception` if MPI
+        reports an error.
+        """
+        result = _advance(self._address, polls)
         if result > DONE:
             raise MPI.Exception(result)
         return bool(result == DONE)

@@ -1,0 +1,265 @@
+"""What the caller passed as a buffer: where it is, how many elements of what type.
+
+Every form that mpi4py documents is understood: an array, ``[data, count]``, ``[data, datatype]``,
+``[data, count, datatype]``, ``[data, (count, displacement), datatype]``, for the v-collectives
+``[data, counts, displacements, datatype]`` and its shorter forms, ``MPI.IN_PLACE`` and ``None``. ``data`` is
+anything on the host with the buffer protocol or DLPack: NumPy (also float16 and bfloat16), PyTorch, bytes.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from mpi4py import MPI
+
+Dtype = np.dtype[Any]
+BYTES = np.dtype(np.uint8)
+BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+
+
+@dataclass(frozen=True, slots=True)
+class Data:
+    """Contiguous host memory: ``array`` keeps it alive and says its dtype and whether it may be written."""
+
+    array: np.ndarray[Any, Any]
+    address: int
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """``count`` elements from ``address`` on.
+
+    ``dtype`` is what one element is to NumPy; it is None for a datatype NumPy has no name for, which then is
+    in ``datatype``. ``size`` is the data of one element in bytes, ``extent`` how far apart elements lie.
+    """
+
+    argument: str
+    data: Data | None
+    address: int
+    count: int
+    dtype: Dtype | None
+    datatype: MPI.Datatype | None
+    size: int
+    extent: int
+
+    @property
+    def plain(self) -> bool:
+        """Whether elements lie one after the other without holes."""
+        return self.dtype is not None or (self.size == self.extent and bool(self.datatype.is_predefined))  # type: ignore[union-attr]
+
+    @property
+    def type_name(self) -> str:
+        return str(self.dtype) if self.dtype is not None else str(self.datatype.name or "a derived datatype")  # type: ignore[union-attr]
+
+
+@dataclass(frozen=True, slots=True)
+class Blocks:
+    """A message of one block per rank: ``counts`` elements each, ``displacements`` elements from its start."""
+
+    message: Message
+    counts: list[int]
+    displacements: list[int]
+
+
+def host_data(obj: Any, argument: str, writable: bool) -> Data:
+    """The memory of ``obj``; raises TypeError or ValueError that names ``argument``."""
+    array = obj if type(obj) is np.ndarray else _as_array(obj, argument)
+    flags = array.flags
+    if not (flags.c_contiguous or flags.f_contiguous):
+        raise ValueError(
+            f"{argument}: expected contiguous memory, got an array of shape {array.shape} with strides "
+            f"{array.strides}; pass numpy.ascontiguousarray(...) of it or a derived MPI datatype"
+        )
+    if writable and not flags.writeable:
+        raise ValueError(f"{argument}: expected memory that may be written, got a read-only buffer")
+    return Data(array, array.ctypes.data if array.size == 0 else MPI.Get_address(_bytes_of(array)))
+
+
+def _bytes_of(array: np.ndarray[Any, Any]) -> Any:
+    # NumPy cannot export bfloat16 through the buffer protocol; bytes it can.
+    return array.view(np.uint16) if array.dtype == BFLOAT16 else array
+
+
+def _as_array(obj: Any, argument: str) -> np.ndarray[Any, Any]:
+    """``obj``'s own memory as an array, whatever library it comes from."""
+    if isinstance(obj, np.ndarray):
+        return obj.view(np.ndarray)
+    if _on_device(obj):
+        raise TypeError(
+            f"{argument}: expected host memory, got {type(obj).__name__} on a device; copy it to the host first"
+        )
+    torch = sys.modules.get("torch")
+    if torch is not None and isinstance(obj, torch.Tensor):
+        return _from_torch(obj.detach(), torch, argument)
+    if hasattr(obj, "__dlpack__"):
+        return np.from_dlpack(obj)
+    try:
+        view = memoryview(obj)
+    except TypeError:
+        raise TypeError(
+            f"{argument}: expected an array or another object with the buffer protocol, or a list such as "
+            f"[data, count, datatype], got {type(obj).__name__}"
+        ) from None
+    return np.asarray(view)
+
+
+def _on_device(obj: Any) -> bool:
+    if hasattr(obj, "__dlpack_device__"):
+        return bool(obj.__dlpack_device__()[0] not in (1, 3))  # CPU, or host memory pinned by CUDA
+    return hasattr(obj, "__cuda_array_interface__")
+
+
+def _from_torch(tensor: Any, torch: Any, argument: str) -> np.ndarray[Any, Any]:
+    if not tensor.is_contiguous():
+        raise ValueError(f"{argument}: expected a contiguous tensor, got strides {tuple(tensor.stride())}")
+    if tensor.dtype == torch.bfloat16:  # NumPy knows it only through ml_dtypes
+        return tensor.view(torch.int16).numpy().view(BFLOAT16)  # type: ignore[no-any-return]
+    return tensor.numpy()  # type: ignore[no-any-return]
+
+
+def _datatype_dtype(datatype: MPI.Datatype) -> Dtype | None:
+    """NumPy's name for a predefined MPI datatype, None where it has none."""
+    if not datatype.is_predefined:
+        return None
+    try:
+        code = datatype.tocode()
+        dtype = np.dtype(code)
+    except (ValueError, TypeError):
+        return None
+    return dtype if dtype.itemsize == datatype.Get_size() else None
+
+
+_known: dict[int, tuple[Dtype | None, int, int]] = {}
+
+
+def _element(datatype: MPI.Datatype) -> tuple[Dtype | None, int, int]:
+    """(dtype, size, extent) of an MPI datatype; predefined ones are remembered."""
+    handle = MPI._handleof(datatype)
+    if handle in _known:
+        return _known[handle]
+    element = (_datatype_dtype(datatype), datatype.Get_size(), datatype.Get_extent()[1])
+    if datatype.is_predefined:
+        _known[handle] = element
+    return element
+
+
+def _is_datatype(item: Any) -> bool:
+    return isinstance(item, (MPI.Datatype, str))
+
+
+def _split(spec: Any, argument: str) -> tuple[Any, Any, Any, MPI.Datatype | None]:
+    """(data, counts, displacements, datatype) of a buffer in any of its forms."""
+    if not isinstance(spec, (list, tuple)):
+        return spec, None, None, None
+    if not 2 <= len(spec) <= 4:
+        raise ValueError(f"{argument}: expected [data, count, datatype] with 2 to 4 items, got {len(spec)}")
+    data, *rest = spec
+    datatype = rest.pop() if _is_datatype(rest[-1]) else None
+    if isinstance(datatype, str):
+        datatype = MPI.Datatype.fromcode(datatype)
+    counts = rest[0] if rest else None
+    displacements = rest[1] if len(rest) > 1 else None
+    return data, counts, displacements, datatype
+
+
+def _base(data: Any, datatype: MPI.Datatype | None, argument: str, writable: bool) -> tuple[Message, int]:
+    """A message of no elements yet, and the bytes that are there."""
+    memory = None if data is None or data is MPI.BOTTOM else host_data(data, argument, writable)
+    if datatype is not None:
+        dtype, size, extent = _element(datatype)
+    elif memory is not None:
+        dtype = memory.array.dtype
+        if dtype.hasobject:
+            raise TypeError(f"{argument}: expected numbers or bytes, got an array of Python objects")
+        size = extent = dtype.itemsize
+    else:
+        dtype, size, extent = BYTES, 1, 1
+    address = memory.address if memory is not None else 0
+    available = memory.array.nbytes if memory is not None else (sys.maxsize if data is MPI.BOTTOM else 0)
+    return Message(argument, memory, address, 0, dtype, datatype, size, extent), available
+
+
+def parse(spec: Any, argument: str, writable: bool = False, blocks: int = 1) -> Message:
+    """The message that ``spec`` describes; without a count it is 1 / ``blocks`` of the whole data.
+
+    Raises TypeError or ValueError naming ``argument``; nothing has been sent then.
+    """
+    data, count, displacement, datatype = _split(spec, argument)
+    if isinstance(count, (list, tuple)):
+        count, displacement = count
+    base, available = _base(data, datatype, argument, writable)
+    address = base.address + int(displacement or 0) * base.extent
+    available -= address - base.address
+    if count is None:
+        count = _whole_count(base, available, blocks)
+    elif count < 0 or (displacement or 0) < 0:
+        raise ValueError(f"{argument}: expected a count and displacement of 0 or more, got {spec[1:]}")
+    else:
+        _check_room(base, int(count) * blocks, available)
+    return Message(argument, base.data, address, int(count), base.dtype, base.datatype, base.size, base.extent)
+
+
+def _whole_count(base: Message, available: int, blocks: int) -> int:
+    count, rest = divmod(available, base.extent * blocks) if base.extent else (0, 0)
+    if rest:
+        unit = f"{blocks} equal blocks of {base.type_name}" if blocks > 1 else f"whole elements of {base.type_name}"
+        raise ValueError(f"{base.argument}: expected {unit}, got {available} bytes")
+    return count
+
+
+def _check_room(base: Message, count: int, available: int) -> None:
+    needed = (count - 1) * base.extent + max(base.size, 1) if count and base.size else 0
+    if needed > available:
+        raise ValueError(
+            f"{base.argument}: expected room for {count} elements of {base.type_name} ({needed} bytes), "
+            f"got {max(0, available)} bytes"
+        )
+
+
+def parse_blocks(spec: Any, argument: str, nranks: int, writable: bool = False) -> Blocks:
+    """The blocks, one per rank, of a v-collective's buffer.
+
+    Counts that are not given divide the data evenly, the first ranks getting one more; displacements that
+    are not given put blocks one after the other. Raises TypeError or ValueError naming ``argument``.
+    """
+    data, counts, displacements, datatype = _split(spec, argument)
+    if displacements is None and isinstance(counts, (list, tuple)) and _is_pair_of_lists(counts):
+        counts, displacements = counts
+    base, available = _base(data, datatype, argument, writable)
+    if counts is None:
+        share, rest = divmod(available // base.extent, nranks)
+        counts = [share + (rank < rest) for rank in range(nranks)]
+    counts = _per_rank(counts, argument, "counts", nranks)
+    if displacements is None:
+        displacements = np.cumsum([0, *counts[:-1]])
+    displacements = _per_rank(displacements, argument, "displacements", nranks)
+    end = max((d + c for c, d in zip(counts, displacements, strict=True) if c), default=0)
+    _check_room(base, end, available)
+    return Blocks(base, counts, displacements)
+
+
+def _is_pair_of_lists(counts: Sequence[Any]) -> bool:
+    return len(counts) == 2 and not isinstance(counts[0], (int, np.integer))
+
+
+def _per_rank(values: Any, argument: str, what: str, nranks: int) -> list[int]:
+    numbers = [int(values)] * nranks if isinstance(values, (int, np.integer)) else [int(v) for v in values]
+    if len(numbers) != nranks or min(numbers, default=0) < 0:
+        raise ValueError(f"{argument}: expected {nranks} {what} of 0 or more, one for each rank, got {numbers}")
+    return numbers
+
+
+def check_same_type(send: Message, recv: Message) -> None:
+    """Raise TypeError where two messages of one call cannot hold the same elements."""
+    if send.dtype is None or recv.dtype is None or send.dtype == recv.dtype:
+        return
+    if any(dtype.itemsize == 1 and dtype.kind in "uSV" for dtype in (send.dtype, recv.dtype)):
+        return  # raw bytes hold anything
+    raise TypeError(
+        f"{recv.argument}: expected elements of {send.type_name} as in {send.argument}, got {recv.type_name}"
+    )

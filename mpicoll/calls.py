@@ -1,0 +1,594 @@
+"""From the arguments of a collective to a `Call`: checked, laid out, with its plan found or made.
+
+One method a collective. Reductions count in elements, everything else moves bytes. A method returns None
+where only MPI itself can do what was asked: operations that users made, and datatypes without a NumPy name
+in a reduction.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+from mpi4py import MPI
+
+from mpicoll import algorithms, tuning
+from mpicoll.buffers import BFLOAT16, BYTES, Blocks, Dtype, Message, check_same_type, parse, parse_blocks
+from mpicoll.kernels import reduce as kernels
+from mpicoll.requests import Call
+from mpicoll.schedule import Schedule, chunk_bounds
+from mpicoll.transports.messages import MessagePlan
+from mpicoll.transports.program import Layout, compile_program
+
+FLOAT16 = np.dtype(np.float16)
+FLOAT32 = np.dtype(np.float32)
+MAX_PLANS = 128  # kept for one-shot calls, the least recently used going first
+MAX_SCRATCH = 256 << 20  # bytes that kept plans may hold together
+
+
+class Average:
+    """The operation `AVG`: the sum divided by the number of ranks, for floating dtypes."""
+
+    def __repr__(self) -> str:
+        return "mpicoll.AVG"
+
+
+AVG = Average()
+Operation = MPI.Op | Average
+
+_OPERATIONS = {MPI._handleof(getattr(MPI, name)): name for name in kernels.OPERATIONS}
+
+
+class _Plans:
+    """Plans that no call uses at the moment, by what they were made for."""
+
+    def __init__(self) -> None:
+        self._free: OrderedDict[Any, list[MessagePlan]] = OrderedDict()
+        self._count = 0
+        self._scratch = 0
+
+    def take(self, key: Any) -> MessagePlan | None:
+        plans = self._free.get(key)
+        if not plans:
+            return None
+        self._free.move_to_end(key)
+        plan = plans.pop()
+        self._count -= 1
+        self._scratch -= plan.scratch
+        return plan
+
+    def put(self, key: Any, plan: MessagePlan) -> None:
+        self._free.setdefault(key, []).append(plan)
+        self._count += 1
+        self._scratch += plan.scratch
+        while self._count > MAX_PLANS or (self._scratch > MAX_SCRATCH and self._count > 1):
+            oldest, plans = next(iter(self._free.items()))
+            if plans:
+                self.take_oldest(oldest)
+            if not self._free[oldest]:
+                del self._free[oldest]
+
+    def take_oldest(self, key: Any) -> None:
+        plan = self._free[key].pop(0)
+        self._count -= 1
+        self._scratch -= plan.scratch
+
+
+class CallMaker:
+    """Makes the calls of one communicator. ``private`` carries our messages, apart from the user's."""
+
+    def __init__(self, private: MPI.Intracomm, ranks_on_node: int, algorithm: str) -> None:
+        self._private = private
+        self._rank = private.Get_rank()
+        self._nranks = private.Get_size()
+        self._ranks_on_node = ranks_on_node
+        self._algorithm = algorithm
+        self._plans = _Plans()
+
+    def release(self, call: Call) -> None:
+        """Keep the plan of a completed call for the next one like it."""
+        self._plans.put(call.key, call.plan)
+
+    # -- reductions
+
+    def allreduce(
+        self, sendbuf: Any, recvbuf: Any, op: Operation = MPI.SUM, *, algorithm: str | None = None
+    ) -> Call | None:
+        """Reduce all ranks' ``sendbuf`` into every rank's ``recvbuf``; ``sendbuf`` may be IN_PLACE."""
+        recv = parse(recvbuf, "recvbuf", writable=True)
+        send = recv if sendbuf is MPI.IN_PLACE else parse(sendbuf, "sendbuf")
+        operation = _reduction(send, recv, op)
+        if operation is None:
+            return None
+        _check_count(recv, send.count, "as in sendbuf")
+        name = self._choose("allreduce", algorithm, send.count * send.size)
+        return self._reduction_call("allreduce", name, operation, send, recv, send.count)
+
+    def reduce(
+        self,
+        sendbuf: Any,
+        recvbuf: Any,
+        op: Operation = MPI.SUM,
+        root: int = 0,
+        *,
+        algorithm: str | None = None,
+    ) -> Call | None:
+        """Reduce all ranks' ``sendbuf`` into ``recvbuf`` of ``root``; others may pass None there."""
+        self._check_root(root)
+        at_root = self._rank == root
+        if not at_root and sendbuf is MPI.IN_PLACE:
+            raise ValueError(f"sendbuf: expected data on rank {self._rank}; only root {root} may pass IN_PLACE")
+        recv = parse(recvbuf, "recvbuf", writable=True) if at_root else None
+        send = recv if sendbuf is MPI.IN_PLACE and recv is not None else parse(sendbuf, "sendbuf")
+        operation = _reduction(send, recv or send, op)
+        if operation is None:
+            return None
+        if recv is not None:
+            _check_count(recv, send.count, "as in sendbuf")
+        name = self._choose("reduce", algorithm, send.count * send.size)
+        return self._reduction_call("reduce", name, operation, send, recv, send.count, root)
+
+    def reduce_scatter_block(
+        self, sendbuf: Any, recvbuf: Any, op: Operation = MPI.SUM, *, algorithm: str | None = None
+    ) -> Call | None:
+        """Reduce ``sendbuf``, nranks blocks of equal size; rank r gets block r in ``recvbuf``."""
+        return self._reduce_scatter(sendbuf, recvbuf, None, op, algorithm, equal=True)
+
+    def reduce_scatter(
+        self,
+        sendbuf: Any,
+        recvbuf: Any,
+        recvcounts: Sequence[int] | None = None,
+        op: Operation = MPI.SUM,
+        *,
+        algorithm: str | None = None,
+    ) -> Call | None:
+        """As `Reduce_scatter_block` with blocks of ``recvcounts`` elements, by default ``recvbuf``'s sizes."""
+        return self._reduce_scatter(sendbuf, recvbuf, recvcounts, op, algorithm, equal=False)
+
+    def _reduce_scatter(
+        self,
+        sendbuf: Any,
+        recvbuf: Any,
+        recvcounts: Sequence[int] | None,
+        op: Operation,
+        algorithm: str | None,
+        equal: bool,
+    ) -> Call | None:
+        in_place = sendbuf is MPI.IN_PLACE
+        recv = parse(recvbuf, "recvbuf", writable=True, blocks=self._nranks if equal and in_place else 1)
+        send = recv if in_place else parse(sendbuf, "sendbuf")
+        operation = _reduction(send, recv, op)
+        if operation is None:
+            return None
+        if equal:
+            recvcounts = [recv.count] * self._nranks
+        elif recvcounts is None:
+            recvcounts = self._private.allgather(recv.count)
+        counts = [int(count) for count in recvcounts]
+        if len(counts) != self._nranks or min(counts) < 0:
+            raise ValueError(f"recvcounts: expected {self._nranks} counts of 0 or more, got {counts}")
+        if not in_place:
+            _check_count(send, sum(counts), "the sum of all ranks' receive counts")
+            _check_count(recv, counts[self._rank], f"recvcounts[{self._rank}]")
+        elif not equal:
+            _check_count(recv, sum(counts), "the sum of recvcounts, being both input and output")
+        name = self._choose("reduce_scatter", algorithm, sum(counts) * recv.size)
+        return self._reduction_call("reduce_scatter", name, operation, send, recv, tuple(counts))
+
+    def _reduction_call(
+        self,
+        collective: str,
+        algorithm: str,
+        operation: str,
+        send: Message,
+        recv: Message | None,
+        shape: int | tuple[int, ...],
+        root: int = 0,
+    ) -> Call:
+        assert send.dtype is not None
+        total = shape if isinstance(shape, int) else sum(shape)
+        into = recv.address if recv is not None else 0
+        in_place = recv is not None and recv.address == send.address
+        widened = self._must_widen(operation, send.dtype)
+        # A scattered result moves to the front of its buffer, where an input may still be wanted.
+        staged = in_place and collective == "reduce_scatter"
+        dtype = FLOAT32 if widened else send.dtype
+        in_place = (in_place and not staged) or (widened and collective != "reduce_scatter")
+        key = (collective, algorithm, operation, dtype, shape, root, in_place)
+        plan = self._plans.take(key) or self._reduction_plan(*key)
+        call = Call(plan, key, send.address, into, (send.data, recv and recv.data))
+        if widened:
+            results = 0 if recv is None else total if isinstance(shape, int) else shape[self._rank]
+            _widen(call, send.dtype, total, results, in_place)
+        elif staged:
+            _stage_input(call, total * send.size)
+        return call
+
+    def _must_widen(self, operation: str, dtype: Dtype) -> bool:
+        """Whether partial results need float32: sums of more than two 16-bit floats would round twice."""
+        if dtype not in (FLOAT16, BFLOAT16) or operation in ("MIN", "MAX"):
+            return False
+        return self._nranks > 2 or operation == "AVG"
+
+    def _reduction_plan(
+        self,
+        collective: str,
+        algorithm: str,
+        operation: str,
+        dtype: Dtype,
+        shape: int | tuple[int, ...],
+        root: int,
+        in_place: bool,
+    ) -> MessagePlan:
+        schedule = algorithms.schedule(collective, algorithm, self._nranks, root)
+        if isinstance(shape, int):
+            bounds = chunk_bounds(shape, schedule.nchunks, dtype.itemsize)
+            output_at = bounds[:-1]
+        else:
+            bounds = np.cumsum([0, *shape])
+            output_at = np.zeros(self._nranks, np.int64)
+        layout = Layout(np.diff(bounds), bounds[:-1], output_at, in_place)
+        average = operation == "AVG"
+        kernel = kernels.reduce_kernel("SUM" if average else operation, dtype)
+        scale = kernels.scale_kernel(dtype) if average else 0
+        return self._plan(schedule, layout, dtype.itemsize, kernel, scale)
+
+    # -- one sends, or one receives
+
+    def bcast(self, buf: Any, root: int = 0, *, algorithm: str | None = None) -> Call:
+        """Copy ``buf`` of ``root`` into every rank's."""
+        self._check_root(root)
+        message = parse(buf, "buf", writable=self._rank != root)
+        nbytes = message.count * message.size
+        name = self._choose("broadcast", algorithm, nbytes)
+        key = ("broadcast", name, nbytes, root)
+        plan = self._plans.take(key) or self._broadcast_plan(*key)
+        call = Call(plan, key, 0, message.address, (message.data,))
+        if not message.plain:
+            block = _one_block(message)
+            call.recv = _stage_blocks(call, block, read=self._rank == root, write=self._rank != root)
+        return call
+
+    def _broadcast_plan(self, collective: str, algorithm: str, nbytes: int, root: int) -> MessagePlan:
+        schedule = algorithms.schedule(collective, algorithm, self._nranks, root)
+        bounds = chunk_bounds(nbytes, schedule.nchunks, 1)
+        return self._plan(schedule, Layout(np.diff(bounds), bounds[:-1], bounds[:-1], in_place=True))
+
+    def gather(self, sendbuf: Any, recvbuf: Any, root: int = 0, *, algorithm: str | None = None) -> Call:
+        """Collect every rank's ``sendbuf`` as blocks of equal size in ``recvbuf`` of ``root``."""
+        return self._gather(sendbuf, recvbuf, root, algorithm, vector=False)
+
+    def gatherv(self, sendbuf: Any, recvbuf: Any, root: int = 0, *, algorithm: str | None = None) -> Call:
+        """As `Gather`, blocks of uneven size: ``[data, counts, displacements, datatype]``."""
+        return self._gather(sendbuf, recvbuf, root, algorithm, vector=True)
+
+    def _gather(self, sendbuf: Any, recvbuf: Any, root: int, algorithm: str | None, vector: bool) -> Call:
+        self._check_root(root)
+        at_root = self._rank == root
+        in_place = at_root and sendbuf is MPI.IN_PLACE
+        blocks = self._blocks(recvbuf, "recvbuf", vector, writable=True) if at_root else None
+        if in_place and blocks is not None:
+            send = _one_block(blocks.message, blocks.counts[root], blocks.displacements[root])
+        else:
+            send = _one_block(parse(sendbuf, "sendbuf"))
+        if blocks is not None:
+            _check_block(blocks, root, send)
+        return self._rooted_call("gather", send, blocks, root, algorithm, vector, in_place)
+
+    def scatter(self, sendbuf: Any, recvbuf: Any, root: int = 0, *, algorithm: str | None = None) -> Call:
+        """Hand out ``sendbuf`` of ``root`` in blocks of equal size, block r to rank r's ``recvbuf``."""
+        return self._scatter(sendbuf, recvbuf, root, algorithm, vector=False)
+
+    def scatterv(self, sendbuf: Any, recvbuf: Any, root: int = 0, *, algorithm: str | None = None) -> Call:
+        """As `Scatter`, blocks of uneven size: ``[data, counts, displacements, datatype]``."""
+        return self._scatter(sendbuf, recvbuf, root, algorithm, vector=True)
+
+    def _scatter(self, sendbuf: Any, recvbuf: Any, root: int, algorithm: str | None, vector: bool) -> Call:
+        self._check_root(root)
+        at_root = self._rank == root
+        in_place = at_root and recvbuf is MPI.IN_PLACE
+        blocks = self._blocks(sendbuf, "sendbuf", vector) if at_root else None
+        if in_place and blocks is not None:
+            recv = _one_block(blocks.message, blocks.counts[root], blocks.displacements[root])
+        else:
+            recv = _one_block(parse(recvbuf, "recvbuf", writable=True))
+        if blocks is not None:
+            _check_block(blocks, root, recv)
+        return self._rooted_call("scatter", recv, blocks, root, algorithm, vector, in_place)
+
+    def _rooted_call(
+        self,
+        collective: str,
+        own: Blocks,
+        blocks: Blocks | None,
+        root: int,
+        algorithm: str | None,
+        vector: bool,
+        in_place: bool,
+    ) -> Call:
+        own_bytes = own.counts[0] * own.message.size
+        # With uneven blocks a rank knows its own size only, so no rank can pass on another's block.
+        only = ("direct",) if vector else None
+        name = self._choose(collective, algorithm, own_bytes * self._nranks, only)
+        counts = (0,) * self._nranks if vector else (own_bytes,) * self._nranks
+        shape = _Shape(counts, counts) if blocks is None else _byte_shape(blocks)
+        if blocks is None:
+            shape.counts[self._rank] = own_bytes
+        key = (collective, name, shape.key, root, in_place)
+        plan = self._plans.take(key)
+        if plan is None:
+            plan = self._rooted_plan(collective, name, shape, root, in_place)
+        call = Call(plan, key, 0, 0, (own.message.data, blocks and blocks.message.data))
+        sends = collective == "gather"
+        own_at = 0 if in_place else _stage_blocks(call, own, read=sends, write=not sends)
+        blocks_at = 0 if blocks is None else _stage_blocks(call, blocks, read=not sends or in_place, write=sends)
+        if in_place:
+            call.recv = blocks_at
+        elif sends:
+            call.send, call.recv = own_at, blocks_at
+        else:
+            call.send, call.recv = blocks_at, own_at
+        return call
+
+    def _rooted_plan(
+        self, collective: str, algorithm: str, shape: _Shape, root: int, in_place: bool
+    ) -> MessagePlan:
+        schedule = algorithms.schedule(collective, algorithm, self._nranks, root)
+        counts, blocks_at = np.array(shape.counts), np.array(shape.displacements)
+        own_at = blocks_at if in_place else np.zeros(self._nranks, np.int64)
+        sides = (own_at, blocks_at) if collective == "gather" else (blocks_at, own_at)
+        return self._plan(schedule, Layout(counts, *sides, in_place=in_place))
+
+    # -- everybody sends and receives
+
+    def allgather(self, sendbuf: Any, recvbuf: Any, *, algorithm: str | None = None) -> Call:
+        """Collect every rank's ``sendbuf`` as blocks of equal size in every rank's ``recvbuf``."""
+        return self._allgather(sendbuf, recvbuf, algorithm, vector=False)
+
+    def allgatherv(self, sendbuf: Any, recvbuf: Any, *, algorithm: str | None = None) -> Call:
+        """As `Allgather`, blocks of uneven size: ``[data, counts, displacements, datatype]``."""
+        return self._allgather(sendbuf, recvbuf, algorithm, vector=True)
+
+    def _allgather(self, sendbuf: Any, recvbuf: Any, algorithm: str | None, vector: bool) -> Call:
+        recv = self._blocks(recvbuf, "recvbuf", vector, writable=True)
+        in_place = sendbuf is MPI.IN_PLACE
+        shape = _byte_shape(recv)
+        if in_place:
+            send = _one_block(recv.message, recv.counts[self._rank], recv.displacements[self._rank])
+        else:
+            send = _one_block(parse(sendbuf, "sendbuf"))
+        _check_block(recv, self._rank, send)
+        name = self._choose("allgather", algorithm, sum(shape.counts))
+        key = ("allgather", name, shape.key, in_place)
+        plan = self._plans.take(key)
+        if plan is None:
+            schedule = algorithms.schedule("allgather", name, self._nranks)
+            at = np.array(shape.displacements)
+            input_at = at if in_place else np.zeros(self._nranks, np.int64)
+            plan = self._plan(schedule, Layout(np.array(shape.counts), input_at, at, in_place))
+        call = Call(plan, key, 0, 0, (send.message.data, recv.message.data))
+        call.recv = _stage_blocks(call, recv, read=in_place, write=True)
+        call.send = 0 if in_place else _stage_blocks(call, send, read=True)
+        return call
+
+    def alltoall(self, sendbuf: Any, recvbuf: Any, *, algorithm: str | None = None) -> Call:
+        """Send block j of ``sendbuf`` to rank j; block i of ``recvbuf`` comes from rank i."""
+        return self._alltoall(sendbuf, recvbuf, algorithm, vector=False)
+
+    def alltoallv(self, sendbuf: Any, recvbuf: Any, *, algorithm: str | None = None) -> Call:
+        """As `Alltoall`, blocks of uneven size: ``[data, counts, displacements, datatype]``."""
+        return self._alltoall(sendbuf, recvbuf, algorithm, vector=True)
+
+    def _alltoall(self, sendbuf: Any, recvbuf: Any, algorithm: str | None, vector: bool) -> Call:
+        recv = self._blocks(recvbuf, "recvbuf", vector, writable=True)
+        in_place = sendbuf is MPI.IN_PLACE
+        send = recv if in_place else self._blocks(sendbuf, "sendbuf", vector)
+        _check_block(recv, self._rank, send, self._rank)
+        shapes = _byte_shape(send), _byte_shape(recv)
+        only = ("pairwise",) if vector else None
+        name = self._choose("alltoall", algorithm, sum(shapes[0].counts) * self._nranks, only)
+        key = ("alltoall", name, shapes[0].key, shapes[1].key)
+        plan = self._plans.take(key) or self._alltoall_plan(name, *shapes)
+        call = Call(plan, key, 0, 0, (send.message.data, recv.message.data))
+        call.recv = _stage_blocks(call, recv, read=in_place, write=True)
+        call.send = call.recv if in_place else _stage_blocks(call, send, read=True)
+        if in_place:
+            _stage_input(call, shapes[0].end)
+        return call
+
+    def _alltoall_plan(self, algorithm: str, sent: _Shape, received: _Shape) -> MessagePlan:
+        schedule = algorithms.schedule("alltoall", algorithm, self._nranks)
+        # Bruck passes others' blocks on; all are as large as ours then.
+        counts = np.full(schedule.nchunks, sent.counts[0])
+        input_at, output_at = np.zeros((2, schedule.nchunks), np.int64)
+        ours, theirs = schedule.inputs(self._rank), schedule.outputs(self._rank)
+        counts[ours], input_at[ours] = sent.counts, sent.displacements
+        counts[theirs], output_at[theirs] = received.counts, received.displacements
+        return self._plan(schedule, Layout(counts, input_at, output_at))
+
+    def barrier(self, *, algorithm: str | None = None) -> Call:
+        """Wait until every rank has come here."""
+        name = self._choose("barrier", algorithm, 0)
+        key = ("barrier", name)
+        plan = self._plans.take(key)
+        if plan is None:
+            nothing = np.zeros(1, np.int64)
+            layout = Layout(nothing, nothing, nothing)
+            schedule = algorithms.schedule("barrier", name, self._nranks)
+            plan = self._plan(schedule, layout, kernel=kernels.reduce_kernel("BOR", BYTES))
+        return Call(plan, key, 0, 0, ())
+
+    # -- shared by all
+
+    def _plan(
+        self, schedule: Schedule, layout: Layout, itemsize: int = 1, kernel: int = 0, scale: int = 0
+    ) -> MessagePlan:
+        nbytes = int(layout.counts.sum()) * itemsize
+        pipeline = tuning.pipeline(schedule.collective, self._nranks, nbytes)
+        program = compile_program(schedule, self._rank, layout, itemsize, pipeline, average=bool(scale))
+        return MessagePlan(program, self._private, self._ranks_on_node, kernel, scale)
+
+    def _choose(
+        self, collective: str, algorithm: str | None, nbytes: int, only: tuple[str, ...] | None = None
+    ) -> str:
+        """The algorithm's name, from the call, the communicator or the table of `tuning`."""
+        allowed = only or algorithms.names(collective)
+        if algorithm is None:
+            algorithm = self._algorithm if self._algorithm in allowed else "auto"
+        if algorithm == "auto":
+            return only[0] if only else tuning.choose(collective, self._nranks, nbytes)
+        if algorithm not in allowed:
+            raise ValueError(
+                f"algorithm: expected auto or one of {', '.join(allowed)} for this {collective}, got {algorithm!r}"
+            )
+        return algorithm
+
+    def _check_root(self, root: int) -> None:
+        if not 0 <= root < self._nranks:
+            raise ValueError(f"root: expected a rank from 0 to {self._nranks - 1}, got {root}")
+
+    def _blocks(self, spec: Any, argument: str, vector: bool, writable: bool = False) -> Blocks:
+        if vector:
+            return parse_blocks(spec, argument, self._nranks, writable)
+        message = parse(spec, argument, writable, blocks=self._nranks)
+        counts = [message.count] * self._nranks
+        return Blocks(message, counts, [rank * message.count for rank in range(self._nranks)])
+
+
+def _reduction(send: Message, recv: Message, op: Operation) -> str | None:
+    """The operation's name, None if MPI must do it; TypeError if the dtype cannot do it."""
+    check_same_type(send, recv)
+    dtype = send.dtype
+    if isinstance(op, Average):
+        if dtype is None or not kernels.supports("SUM", dtype) or dtype.kind in "iu":
+            raise TypeError(f"op: AVG is defined for floating and complex dtypes, got {send.type_name}")
+        return "AVG"
+    name = _OPERATIONS.get(MPI._handleof(op))
+    if name is None or dtype is None or dtype not in kernels.DTYPES:
+        return None
+    kernels.check_supported(name, dtype)
+    return name
+
+
+def _check_count(message: Message, count: int, why: str) -> None:
+    if message.count != count:
+        raise ValueError(f"{message.argument}: expected {count} elements, {why}; got {message.count}")
+
+
+def _check_block(blocks: Blocks, rank: int, own: Blocks, own_index: int = 0) -> None:
+    """What a rank exchanges with itself must be of one type and size."""
+    check_same_type(own.message, blocks.message)
+    ours = own.counts[own_index] * own.message.size
+    there = blocks.counts[rank] * blocks.message.size
+    if ours != there:
+        raise ValueError(
+            f"{blocks.message.argument}: expected {ours} bytes for rank {rank}, as much as "
+            f"{own.message.argument} has, got {there}"
+        )
+
+
+class _Shape:
+    """Blocks in bytes."""
+
+    def __init__(self, counts: Sequence[int], displacements: Sequence[int]) -> None:
+        self.counts = list(counts)
+        self.displacements = list(displacements)
+
+    @property
+    def key(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        return tuple(self.counts), tuple(self.displacements)
+
+    @property
+    def end(self) -> int:
+        return max((d + c for c, d in zip(self.counts, self.displacements, strict=True)), default=0)
+
+
+def _byte_shape(blocks: Blocks) -> _Shape:
+    """Where blocks lie in bytes; those of a datatype with holes lie packed, one after the other."""
+    size = blocks.message.size
+    counts = [count * size for count in blocks.counts]
+    if blocks.message.plain:
+        return _Shape(counts, [displacement * size for displacement in blocks.displacements])
+    return _Shape(counts, np.cumsum([0, *counts[:-1]]).tolist())
+
+
+def _one_block(message: Message, count: int | None = None, displacement: int = 0) -> Blocks:
+    return Blocks(message, [message.count if count is None else count], [displacement])
+
+
+def _stage_blocks(call: Call, blocks: Blocks, read: bool = False, write: bool = False) -> int:
+    """Address of the blocks for the program; a datatype with holes is packed before and unpacked after."""
+    message = blocks.message
+    if message.plain:
+        return message.address
+    packed = np.empty(sum(_byte_shape(blocks).counts), np.uint8)
+    call.keep += (packed,)
+    if read:
+        call.before = _then(call.before, partial(_pack, blocks, packed))
+    if write:
+        call.after = _then(call.after, partial(_unpack, blocks, packed))
+    return packed.ctypes.data
+
+
+def _then(first: Any, second: Any) -> Any:
+    """Both, one after the other."""
+    if first is None:
+        return second
+
+    def both() -> None:
+        first()
+        second()
+
+    return both
+
+
+def _elements(blocks: Blocks, block: int) -> list[Any]:
+    """One block as mpi4py's [memory, count, datatype]."""
+    message, count = blocks.message, blocks.counts[block]
+    assert message.datatype is not None
+    address = message.address + blocks.displacements[block] * message.extent
+    lower, extent = message.datatype.Get_true_extent()
+    nbytes = max(0, count - 1) * message.extent + lower + extent
+    return [MPI.memory.fromaddress(address, nbytes if count else 0), count, message.datatype]
+
+
+def _pack(blocks: Blocks, packed: np.ndarray[Any, Any]) -> None:
+    position = 0
+    for block in range(len(blocks.counts)):
+        elements = _elements(blocks, block)
+        position = elements[2].Pack(elements, packed, position, MPI.COMM_SELF)
+
+
+def _unpack(blocks: Blocks, packed: np.ndarray[Any, Any]) -> None:
+    position = 0
+    for block in range(len(blocks.counts)):
+        elements = _elements(blocks, block)
+        position = elements[2].Unpack(packed, position, elements, MPI.COMM_SELF)
+
+
+def _stage_input(call: Call, nbytes: int) -> None:
+    """Read the input from a copy, because the output overwrites it before all of it has been read."""
+    copy, source = np.empty(nbytes, np.uint8), call.send
+
+    def take_copy() -> None:
+        copy[:] = np.frombuffer(MPI.memory.fromaddress(source, nbytes), np.uint8)
+
+    call.before = _then(call.before, take_copy)
+    call.send = copy.ctypes.data
+    call.keep += (copy,)
+
+
+def _widen(call: Call, dtype: Dtype, count: int, results: int, in_place: bool) -> None:
+    """Run the call on float32 copies: ``count`` inputs, and ``results`` outputs rounded once at the end."""
+    inputs = np.empty(count, np.float32)
+    outputs = inputs if in_place else np.empty(results, np.float32)
+    widen, narrow = kernels.cast_kernel(FLOAT32, dtype), kernels.cast_kernel(dtype, FLOAT32)
+    source, target = call.send, call.recv
+    call.before = partial(widen, inputs.ctypes.data, source, count)
+    call.after = partial(narrow, target, outputs.ctypes.data, results)
+    call.send, call.recv = inputs.ctypes.data, outputs.ctypes.data
+    call.keep += (inputs, outputs)

@@ -1,0 +1,227 @@
+"""Communicator: an mpi4py communicator whose collectives are ours."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial, wraps
+from typing import Any, Concatenate, ParamSpec
+
+from mpi4py import MPI
+
+from mpicoll import algorithms
+from mpicoll.calls import CallMaker
+from mpicoll.requests import Call, PersistentCall, Request
+
+_ONE_SHOT_TAGS = range(0, 16_384)
+_PERSISTENT_TAGS = range(16_384, 32_768)  # MPI promises tags up to 32767
+
+P = ParamSpec("P")
+_Prepare = Callable[Concatenate[CallMaker, P], Call | None]
+
+
+# Each collective is prepared by one method of `CallMaker`, which has mpi4py's signature, and completed in
+# three ways. Where there is nothing to complete, MPI does it all.
+
+
+def _blocking(
+    prepare: _Prepare[P], native: Callable[..., None]
+) -> Callable[Concatenate[Communicator, P], None]:
+    @wraps(prepare)
+    def method(self: Communicator, /, *args: P.args, **kwargs: P.kwargs) -> None:
+        call = prepare(self._maker, *args, **kwargs)
+        if call is None:
+            native(self, *args, **_without_algorithm(kwargs))
+        else:
+            call.run(self._next_tag())
+            self._maker.release(call)
+
+    return method
+
+
+def _nonblocking(
+    prepare: _Prepare[P], native: Callable[..., MPI.Request]
+) -> Callable[Concatenate[Communicator, P], MPI.Request]:
+    @wraps(prepare)
+    def method(self: Communicator, /, *args: P.args, **kwargs: P.kwargs) -> MPI.Request:
+        if MPI.Query_thread() < MPI.THREAD_MULTIPLE:
+            raise RuntimeError(
+                "nonblocking collectives need MPI_THREAD_MULTIPLE for their progress thread; remove "
+                "MPI4PY_RC_THREAD_LEVEL and mpi4py.rc.thread_level, or use the blocking or persistent form"
+            )
+        call = prepare(self._maker, *args, **kwargs)
+        if call is None:
+            return native(self, *args, **_without_algorithm(kwargs))
+        return Request(call, self._next_tag(), partial(self._maker.release, call))
+
+    return method
+
+
+def _persistent(prepare: _Prepare[P]) -> Callable[Concatenate[Communicator, P], PersistentCall]:
+    @wraps(prepare)
+    def method(self: Communicator, /, *args: P.args, **kwargs: P.kwargs) -> PersistentCall:
+        call = prepare(self._maker, *args, **kwargs)
+        if call is None:
+            raise TypeError(
+                "persistent collectives take predefined operations and dtypes only; use the blocking form "
+                "for operations or datatypes of your own"
+            )
+        return PersistentCall(call, self._next_persistent_tag())
+
+    return method
+
+
+def _without_algorithm(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments that MPI's own method takes, too."""
+    return {name: value for name, value in kwargs.items() if name != "algorithm"}
+
+
+class Communicator(MPI.Intracomm):
+    """An mpi4py intracommunicator whose collectives run mpicoll's algorithms.
+
+    Put it where a program has ``MPI.COMM_WORLD``: ``comm = mpicoll.Communicator(MPI.COMM_WORLD)``. It is the
+    same communicator for everything else, so its point-to-point messages meet those of ``MPI.COMM_WORLD``.
+    Creating one is collective.
+
+    Every buffer form of mpi4py works, also float16 and bfloat16 arrays (sums are accumulated in float32 and
+    rounded once), and ``op=mpicoll.AVG``. Collectives take ``algorithm=``, one of
+    ``mpicoll.algorithms.names(collective)`` or "auto", the default; the constructor's ``algorithm`` sets it
+    for every collective that has an algorithm of this name. Operations that users made and other
+    collectives than those here are MPI's own.
+
+    Arguments are checked before anything is sent: TypeError and ValueError name the argument, what it was
+    and what is allowed. What goes wrong in MPI is an `MPI.Exception`.
+
+    Source of the interface: mpi4py's ``Comm`` and ``Intracomm``.
+    """
+
+    _maker: CallMaker
+
+    def __new__(cls, comm: MPI.Intracomm | None = None, algorithm: str = "auto") -> Communicator:
+        if comm is not None and not isinstance(comm, MPI.Intracomm):
+            raise TypeError(f"comm: expected an mpi4py intracommunicator, got {type(comm).__name__}")
+        return super().__new__(cls, comm)
+
+    def __init__(self, comm: MPI.Intracomm | None = None, algorithm: str = "auto") -> None:
+        known = {name for collective in algorithms.ALGORITHMS for name in algorithms.names(collective)}
+        if algorithm != "auto" and algorithm not in known:
+            raise ValueError(f"algorithm: expected auto or one of {', '.join(sorted(known))}; got {algorithm!r}")
+        self._owned = False  # whether the communicator itself, not only what we added, is ours to free
+        self._algorithm = algorithm
+        if self != MPI.COMM_NULL:
+            self._set_up()
+
+    def _set_up(self) -> None:
+        # Our messages travel apart from the user's. Intracomm.Dup would give a Communicator again.
+        self._private = MPI.Intracomm.Dup(MPI.Intracomm(self))
+        self._private.Set_errhandler(MPI.ERRORS_RETURN)
+        node = self._private.Split_type(MPI.COMM_TYPE_SHARED)
+        self._maker = CallMaker(self._private, node.Get_size(), self._algorithm)
+        node.Free()
+        self._tag = 0
+        self._persistent_tag = 0
+
+    def _adopt(self, comm: MPI.Comm) -> Any:
+        """A communicator that MPI made from this one, as a `Communicator` that owns it."""
+        if comm == MPI.COMM_NULL or not isinstance(comm, MPI.Intracomm):
+            return comm
+        child = type(self)(comm, self._algorithm)
+        child._owned = True
+        return child
+
+    def Free(self) -> None:  # noqa: N802
+        """Free what was added to the communicator, and a communicator from `Split` or `Dup` itself, too.
+
+        The communicator that was passed to the constructor stays its owner's.
+        """
+        self._private.Free()
+        if self._owned:
+            super().Free()
+
+    def __enter__(self) -> Communicator:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.Free()
+
+    # -- communicators from this one
+
+    def Dup(self, info: MPI.Info | None = None) -> Communicator:  # noqa: N802
+        """A duplicate of this communicator, with the same default algorithm."""
+        return self._adopt(MPI.Intracomm(self).Dup(info))  # type: ignore[no-any-return]
+
+    def Clone(self) -> Communicator:  # noqa: N802
+        """As `Dup`."""
+        return self.Dup()
+
+    def Split(self, color: int = 0, key: int = 0) -> Communicator:  # noqa: N802
+        """One communicator for each color, ranks ordered by key; COMM_NULL for ``MPI.UNDEFINED``."""
+        return self._adopt(MPI.Intracomm(self).Split(color, key))  # type: ignore[no-any-return]
+
+    def Split_type(  # noqa: N802
+        self, split_type: int, key: int = 0, info: MPI.Info = MPI.INFO_NULL
+    ) -> Communicator:
+        """One communicator for each group of ranks of a kind, such as those that share memory."""
+        return self._adopt(MPI.Intracomm(self).Split_type(split_type, key, info))  # type: ignore[no-any-return]
+
+    def Create(self, group: MPI.Group) -> Communicator:  # noqa: N802
+        """A communicator of the group's ranks; COMM_NULL on the others."""
+        return self._adopt(MPI.Intracomm(self).Create(group))  # type: ignore[no-any-return]
+
+    def Create_group(self, group: MPI.Group, tag: int = 0) -> Communicator:  # noqa: N802
+        """A communicator of the group's ranks; only they call it."""
+        return self._adopt(MPI.Intracomm(self).Create_group(group, tag))  # type: ignore[no-any-return]
+
+    def _next_tag(self) -> int:
+        self._tag = (self._tag + 1) % len(_ONE_SHOT_TAGS)
+        return self._tag
+
+    def _next_persistent_tag(self) -> int:
+        self._persistent_tag = (self._persistent_tag + 1) % len(_PERSISTENT_TAGS)
+        return _PERSISTENT_TAGS[self._persistent_tag]
+
+    Allreduce = _blocking(CallMaker.allreduce, MPI.Intracomm.Allreduce)
+    Reduce = _blocking(CallMaker.reduce, MPI.Intracomm.Reduce)
+    Reduce_scatter_block = _blocking(CallMaker.reduce_scatter_block, MPI.Intracomm.Reduce_scatter_block)
+    Reduce_scatter = _blocking(CallMaker.reduce_scatter, MPI.Intracomm.Reduce_scatter)
+    Bcast = _blocking(CallMaker.bcast, MPI.Intracomm.Bcast)
+    Gather = _blocking(CallMaker.gather, MPI.Intracomm.Gather)
+    Gatherv = _blocking(CallMaker.gatherv, MPI.Intracomm.Gatherv)
+    Scatter = _blocking(CallMaker.scatter, MPI.Intracomm.Scatter)
+    Scatterv = _blocking(CallMaker.scatterv, MPI.Intracomm.Scatterv)
+    Allgather = _blocking(CallMaker.allgather, MPI.Intracomm.Allgather)
+    Allgatherv = _blocking(CallMaker.allgatherv, MPI.Intracomm.Allgatherv)
+    Alltoall = _blocking(CallMaker.alltoall, MPI.Intracomm.Alltoall)
+    Alltoallv = _blocking(CallMaker.alltoallv, MPI.Intracomm.Alltoallv)
+    Barrier = _blocking(CallMaker.barrier, MPI.Intracomm.Barrier)
+
+    Iallreduce = _nonblocking(CallMaker.allreduce, MPI.Intracomm.Iallreduce)
+    Ireduce = _nonblocking(CallMaker.reduce, MPI.Intracomm.Ireduce)
+    Ireduce_scatter_block = _nonblocking(
+        CallMaker.reduce_scatter_block, MPI.Intracomm.Ireduce_scatter_block
+    )
+    Ireduce_scatter = _nonblocking(CallMaker.reduce_scatter, MPI.Intracomm.Ireduce_scatter)
+    Ibcast = _nonblocking(CallMaker.bcast, MPI.Intracomm.Ibcast)
+    Igather = _nonblocking(CallMaker.gather, MPI.Intracomm.Igather)
+    Igatherv = _nonblocking(CallMaker.gatherv, MPI.Intracomm.Igatherv)
+    Iscatter = _nonblocking(CallMaker.scatter, MPI.Intracomm.Iscatter)
+    Iscatterv = _nonblocking(CallMaker.scatterv, MPI.Intracomm.Iscatterv)
+    Iallgather = _nonblocking(CallMaker.allgather, MPI.Intracomm.Iallgather)
+    Iallgatherv = _nonblocking(CallMaker.allgatherv, MPI.Intracomm.Iallgatherv)
+    Ialltoall = _nonblocking(CallMaker.alltoall, MPI.Intracomm.Ialltoall)
+    Ialltoallv = _nonblocking(CallMaker.alltoallv, MPI.Intracomm.Ialltoallv)
+    Ibarrier = _nonblocking(CallMaker.barrier, MPI.Intracomm.Ibarrier)
+
+    Allreduce_init = _persistent(CallMaker.allreduce)
+    Reduce_init = _persistent(CallMaker.reduce)
+    Reduce_scatter_block_init = _persistent(CallMaker.reduce_scatter_block)
+    Reduce_scatter_init = _persistent(CallMaker.reduce_scatter)
+    Bcast_init = _persistent(CallMaker.bcast)
+    Gather_init = _persistent(CallMaker.gather)
+    Gatherv_init = _persistent(CallMaker.gatherv)
+    Scatter_init = _persistent(CallMaker.scatter)
+    Scatterv_init = _persistent(CallMaker.scatterv)
+    Allgather_init = _persistent(CallMaker.allgather)
+    Allgatherv_init = _persistent(CallMaker.allgatherv)
+    Alltoall_init = _persistent(CallMaker.alltoall)
+    Alltoallv_init = _persistent(CallMaker.alltoallv)
+    Barrier_init = _persistent(CallMaker.barrier)

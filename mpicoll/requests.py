@@ -1,0 +1,220 @@
+"""Calls that have been prepared, and the three ways of completing them.
+
+A `Call` is one collective bound to its buffers. A blocking collective runs its call at once; a nonblocking
+one gives it to the progress thread and returns a `Request`; a persistent one keeps it as a
+`PersistentCall` to be started again and again.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from mpi4py import MPI
+
+from mpicoll.transports.messages import BRIEF, PATIENT, MessagePlan
+
+SLICE = 200  # polls of one nonblocking call before the progress thread turns to the next
+
+
+class Call:
+    """A plan with its buffers' addresses, and what must be done to the memory before and after."""
+
+    __slots__ = ("after", "before", "keep", "key", "plan", "recv", "send")
+
+    def __init__(self, plan: MessagePlan, key: Any, send: int, recv: int, keep: tuple[Any, ...]) -> None:
+        self.plan = plan
+        self.key = key  # what the plan was made for
+        self.send = send
+        self.recv = recv
+        self.keep = keep  # what owns the memory
+        self.before: Callable[[], None] | None = None
+        self.after: Callable[[], None] | None = None
+
+    def start(self, tag: int) -> None:
+        """Get ready; the first `advance` sends."""
+        if self.before is not None:
+            self.before()
+        self.plan.start(tag, self.send, self.recv)
+
+    def advance(self, polls: int = PATIENT) -> bool:
+        """Go on for up to ``polls`` polls; whether the collective is complete on this rank."""
+        if not self.plan.advance(polls):
+            return False
+        if self.after is not None:
+            self.after()
+        return True
+
+    def run(self, tag: int) -> None:
+        """From start to end. Returns to Python now and then, so that signals are handled."""
+        self.start(tag)
+        while not self.advance():
+            pass
+
+
+class _Progress:
+    """One thread that advances whatever nonblocking calls are under way, in turn."""
+
+    def __init__(self) -> None:
+        self._incoming: queue.SimpleQueue[Request] = queue.SimpleQueue()
+        self._started = threading.Lock()
+        self._thread: threading.Thread | None = None
+
+    def add(self, request: Request) -> None:
+        with self._started:
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._run, name="mpicoll-progress", daemon=True)
+                self._thread.start()
+        self._incoming.put(request)
+
+    def _run(self) -> None:
+        active: list[Request] = []
+        while True:
+            if not active:
+                active.append(self._incoming.get())
+            while not self._incoming.empty():
+                active.append(self._incoming.get())
+            active = [request for request in active if not request._progress()]
+
+
+_progress = _Progress()
+
+
+class Request(MPI.Grequest):
+    """A nonblocking collective: a generalized MPI request.
+
+    MPI's own functions wait for it beside any other request. Its own ``Wait`` and ``Test`` do the work
+    themselves instead of waiting for the progress thread to do it.
+    """
+
+    _call: Call
+    _release: Callable[[], None]
+
+    def __new__(cls, call: Call, tag: int, release: Callable[[], None]) -> Request:
+        grequest = MPI.Grequest.Start()
+        self = super().__new__(cls, grequest)
+        self._grequest = grequest
+        self._call = call
+        self._release = release
+        self._turn = threading.Lock()  # held by the thread that advances the call
+        self._adopted = False  # whether a thread that waits has taken the work over
+        self._complete = False
+        self._error: BaseException | None = None
+        call.start(tag)
+        self._advance(BRIEF)
+        if not self._complete:
+            _progress.add(self)
+        return self
+
+    def _advance(self, polls: int) -> None:
+        """Go on; only with ``_turn`` held or before anyone else knows the request."""
+        if not self._complete and self._try_advance(polls):
+            self._complete = True
+            self._release()
+            self._grequest.Complete()
+
+    def _try_advance(self, polls: int) -> bool:
+        # An error belongs to whoever waits for the request, not to the thread that met it.
+        try:
+            return self._call.advance(polls)
+        except Exception as error:
+            self._error = error
+            return True
+
+    def _progress(self) -> bool:
+        """A slice of work by the progress thread; whether that thread is done with the request."""
+        with self._turn:
+            if not self._adopted:
+                self._advance(SLICE)
+            return self._complete or self._adopted
+
+    def _raise_error(self) -> None:
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise error
+
+    def Wait(self, status: MPI.Status | None = None) -> bool:  # noqa: N802
+        """Complete the collective. Raises what went wrong in it."""
+        self._adopted = True
+        with self._turn:
+            while not self._complete:
+                self._advance(PATIENT)
+        super().Wait(status)
+        self._raise_error()
+        return True
+
+    def Test(self, status: MPI.Status | None = None) -> bool:  # noqa: N802
+        """Whether the collective is complete; goes on with it if not. Raises what went wrong in it."""
+        if self._turn.acquire(blocking=False):
+            self._advance(BRIEF)
+            self._turn.release()
+        if not self._complete:
+            return False
+        super().Test(status)
+        self._raise_error()
+        return True
+
+    def wait(self, status: MPI.Status | None = None) -> Any:
+        """As `Wait`."""
+        return self.Wait(status)
+
+    def test(self, status: MPI.Status | None = None) -> tuple[bool, Any]:
+        """As `Test`, in the form of mpi4py's lower-case functions."""
+        return self.Test(status), None
+
+
+class PersistentCall:
+    """A collective that is set up once and started many times: the fastest way.
+
+    ``Start`` and then ``Wait``, or ``Test`` until it is true. Communication goes on inside these calls. The
+    memory given at the beginning is read and written at each start.
+    """
+
+    def __init__(self, call: Call, tag: int) -> None:
+        self._call: Call | None = call
+        self._tag = tag
+        self._active = False
+
+    def Start(self) -> None:  # noqa: N802
+        """Begin. Raises RuntimeError if the previous start has not been completed."""
+        call = self._call
+        if call is None:
+            raise RuntimeError("Start: this persistent call has been freed")
+        if self._active:
+            raise RuntimeError("Start: the previous start is not complete; call Wait() first")
+        call.start(self._tag)
+        self._active = not call.advance(BRIEF)
+
+    def Wait(self) -> bool:  # noqa: N802
+        """Complete what `Start` began; returns at once if nothing is under way."""
+        while self._active:
+            self._active = not self._call.advance()  # type: ignore[union-attr]
+        return True
+
+    def Test(self) -> bool:  # noqa: N802
+        """Whether what `Start` began is complete; goes on with it if not."""
+        if self._active:
+            self._active = not self._call.advance(BRIEF)  # type: ignore[union-attr]
+        return not self._active
+
+    def Free(self) -> None:  # noqa: N802
+        """Give up buffers and scratch memory. Raises RuntimeError if a start is not complete."""
+        if self._active:
+            raise RuntimeError("Free: a start is not complete; call Wait() first")
+        self._call = None
+
+    @staticmethod
+    def Startall(calls: Iterable[PersistentCall]) -> None:  # noqa: N802
+        """Start several, in this order on every rank."""
+        for call in calls:
+            call.Start()
+
+    @staticmethod
+    def Waitall(calls: Sequence[PersistentCall]) -> bool:  # noqa: N802
+        """Complete several, whichever comes first going on first."""
+        waiting = list(calls)
+        while waiting:
+            waiting = [call for call in waiting if not call.Test()]
+        return True

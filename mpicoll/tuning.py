@@ -1,0 +1,64 @@
+"""Which algorithm, and how finely cut, for which collective, rank count and size.
+
+The thresholds are where the measured curves of the messages transport cross on one node; the shape of the
+table follows from the costs in each algorithm's file: few rounds while latency rules, least volume when
+bandwidth does.
+"""
+
+from __future__ import annotations
+
+from mpicoll.transports.program import Pipeline
+
+KIB = 1024
+
+
+def choose(collective: str, nranks: int, nbytes: int) -> str:
+    """The name of the algorithm for ``nbytes`` bytes: the whole vector, or all ranks' blocks together."""
+    return _CHOICES[collective](nranks, nbytes)
+
+
+def _allreduce(nranks: int, nbytes: int) -> str:
+    return "recursive_doubling" if nbytes < 16 * KIB else "ring"
+
+
+def _reduce_scatter(nranks: int, nbytes: int) -> str:
+    return "recursive_halving" if nbytes < 16 * KIB else "ring"
+
+
+def _allgather(nranks: int, nbytes: int) -> str:
+    return "bruck" if nbytes < 16 * KIB else "ring"
+
+
+def _broadcast(nranks: int, nbytes: int) -> str:
+    if nbytes < 64 * KIB or nranks == 2:
+        return "binomial"
+    return "chain"
+
+
+def _reduce(nranks: int, nbytes: int) -> str:
+    if nbytes < 64 * KIB or nranks == 2:
+        return "binomial"
+    return "chain"
+
+
+def _alltoall(nranks: int, nbytes: int) -> str:
+    # Bruck sends every byte log2(p) / 2 times; it pays while a block costs less than a message.
+    return "bruck" if nranks > 8 and nbytes < 256 * nranks**2 else "pairwise"
+
+
+_CHOICES = {
+    "allreduce": _allreduce,
+    "reduce_scatter": _reduce_scatter,
+    "allgather": _allgather,
+    "broadcast": _broadcast,
+    "reduce": _reduce,
+    "gather": lambda nranks, nbytes: "binomial" if nbytes < 16 * KIB else "direct",
+    "scatter": lambda nranks, nbytes: "binomial" if nbytes < 16 * KIB else "direct",
+    "alltoall": _alltoall,
+    "barrier": lambda nranks, nbytes: "dissemination",
+}
+
+
+def pipeline(collective: str, nranks: int, nbytes: int) -> Pipeline:
+    """How a program for ``nbytes`` bytes is cut into segments."""
+    return Pipeline(segment=256 * KIB, lookahead=2, stride=1)
