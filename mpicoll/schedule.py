@@ -26,7 +26,7 @@ This module needs NumPy only.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -68,13 +68,25 @@ class Round:
         columns = np.broadcast_arrays(
             np.atleast_1d(np.asarray(src, np.int64)), np.asarray(dst, np.int64), np.asarray(chunk, np.int64)
         )
-        return cls(*columns, reduce=np.full(len(columns[0]), op == REDUCE))
+        return cls(columns[0], columns[1], columns[2], np.full(len(columns[0]), op == REDUCE))
+
+    @classmethod
+    def of_ranges(cls, src: Ints, dst: Ints, first: Ints, count: Ints, nchunks: int, op: str) -> Round:
+        """A round in which each ``src`` sends its ``dst`` the ``count`` chunks from ``first`` on.
+
+        Chunk numbers wrap around after ``nchunks - 1``; each pair's chunks are listed in ascending order.
+        """
+        src, dst, first, count = np.broadcast_arrays(np.asarray(src, np.int64), dst, first, count)
+        pair = np.repeat(np.arange(len(src)), count)
+        nth = np.arange(len(pair)) - np.repeat(np.cumsum(count) - count, count)
+        chunk = (first[pair] + nth) % nchunks
+        return cls.of(src[pair], dst[pair], chunk[np.lexsort((chunk, pair))], op)
 
     @classmethod
     def from_transfers(cls, transfers: Sequence[Transfer]) -> Round:
         """A round from `Transfer` objects, for small or irregular rounds."""
-        columns = np.array([t[:3] for t in transfers], np.int64).reshape(-1, 3).T
-        return cls(*columns, reduce=np.array([t.op == REDUCE for t in transfers], bool))
+        src, dst, chunk = np.array([t[:3] for t in transfers], np.int64).reshape(-1, 3).T
+        return cls(src, dst, chunk, np.array([t.op == REDUCE for t in transfers], bool))
 
     @classmethod
     def union(cls, rounds: Sequence[Round]) -> Round:
@@ -92,8 +104,11 @@ class Round:
 
     def involving(self, rank: int) -> Round:
         """The transfers that ``rank`` sends or receives, in the same order."""
-        mine = (self.src == rank) | (self.dst == rank)
-        return Round(self.src[mine], self.dst[mine], self.chunk[mine], self.reduce[mine])
+        return self.where((self.src == rank) | (self.dst == rank))
+
+    def where(self, kept: npt.NDArray[np.bool_]) -> Round:
+        """The transfers for which ``kept`` is true."""
+        return Round(self.src[kept], self.dst[kept], self.chunk[kept], self.reduce[kept])
 
 
 @dataclass(frozen=True)
@@ -199,6 +214,22 @@ def in_sequence(name: str, collective: str, phases: Sequence[Schedule]) -> Sched
         return phases[phase].make_round(k - int(ends[phase]) + phases[phase].nrounds)
 
     return Schedule(name, collective, first.nranks, first.nchunks, int(ends[-1]), make_round, first.root)
+
+
+def mirrored(schedule: Schedule, collective: str) -> Schedule:
+    """``schedule`` backwards: the last round first, every receiver a sender.
+
+    Data that spread from one rank to many then comes together from many in one, so this turns a broadcast
+    into a reduce, a scatter into a gather, and a reduce-scatter into an allgather. ``collective`` says what
+    it has become, and with that whether its transfers copy or reduce.
+    """
+    reduces = COLLECTIVES[collective].reduces
+
+    def make_round(k: int) -> Round:
+        forward = schedule.make_round(schedule.nrounds - 1 - k)
+        return Round(forward.dst, forward.src, forward.chunk, np.full(len(forward), reduces))
+
+    return replace(schedule, collective=collective, make_round=make_round)
 
 
 def chunk_bounds(count: int, nchunks: int, itemsize: int = CACHE_LINE) -> IntArray:

@@ -1,0 +1,83 @@
+"""Every algorithm by collective and name. Each is a pure function that returns a `Schedule`.
+
+Adding one is adding its function here: it is then verified, tested and offered everywhere.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+
+from mpicoll.algorithms import alltoall, chain, direct, double_tree, doubling, halving, ring, tree
+from mpicoll.schedule import Schedule
+
+ALGORITHMS: dict[str, dict[str, Callable[..., Schedule]]] = {
+    "allreduce": {
+        "ring": ring.ring_allreduce,
+        "recursive_doubling": doubling.recursive_doubling_allreduce,
+        "rabenseifner": halving.rabenseifner_allreduce,
+        "double_tree": double_tree.double_tree_allreduce,
+        "direct": direct.direct_allreduce,
+    },
+    "reduce_scatter": {
+        "ring": ring.ring_reduce_scatter,
+        "recursive_halving": halving.recursive_halving_reduce_scatter,
+        "direct": direct.direct_reduce_scatter,
+    },
+    "allgather": {
+        "ring": ring.ring_allgather,
+        "bruck": doubling.bruck_allgather,
+        "direct": direct.direct_allgather,
+    },
+    "broadcast": {
+        "binomial": tree.binomial_broadcast,
+        "scatter_allgather": tree.scatter_allgather_broadcast,
+        "chain": chain.chain_broadcast,
+        "double_tree": double_tree.double_tree_broadcast,
+        "direct": direct.direct_broadcast,
+    },
+    "reduce": {
+        "binomial": tree.binomial_reduce,
+        "chain": chain.chain_reduce,
+        "double_tree": double_tree.double_tree_reduce,
+        "direct": direct.direct_reduce,
+    },
+    "gather": {"binomial": tree.binomial_gather, "direct": direct.direct_gather},
+    "scatter": {"binomial": tree.binomial_scatter, "direct": direct.direct_scatter},
+    "alltoall": {"pairwise": alltoall.pairwise_alltoall, "bruck": alltoall.bruck_alltoall},
+    "barrier": {"dissemination": doubling.dissemination_barrier},
+}
+
+
+def names(collective: str) -> tuple[str, ...]:
+    """The algorithms that do ``collective``; `ValueError` if there is no such collective."""
+    if collective not in ALGORITHMS:
+        raise ValueError(f"collective: expected one of {', '.join(ALGORITHMS)}; got {collective!r}")
+    return tuple(ALGORITHMS[collective])
+
+
+def function(collective: str, algorithm: str) -> Callable[..., Schedule]:
+    """The function that makes the schedule; `ValueError` names what is allowed."""
+    if algorithm not in names(collective):
+        allowed = ", ".join(names(collective))
+        raise ValueError(f"algorithm: expected one of {allowed} for {collective}; got {algorithm!r}")
+    return ALGORITHMS[collective][algorithm]
+
+
+def schedule(
+    collective: str, algorithm: str, nranks: int, root: int = 0, nchunks: int | None = None
+) -> Schedule:
+    """The schedule of ``algorithm`` for ``nranks`` ranks.
+
+    ``root`` matters to collectives that have one. ``nchunks`` matters to algorithms that pipeline (see
+    `pipelines`) and defaults to the algorithm's own; all others know how many chunks they need.
+    """
+    make = function(collective, algorithm)
+    given = {"root": root, "nchunks": nchunks}
+    taken = inspect.signature(make).parameters
+    return make(nranks, **{name: n for name, n in given.items() if name in taken and n is not None})
+
+
+def pipelines(collective: str, algorithm: str) -> bool:
+    """Whether the number of chunks is the caller's choice."""
+    return "nchunks" in inspect.signature(function(collective, algorithm)).parameters

@@ -1,0 +1,212 @@
+"""The ``mpicoll`` command. Every subcommand has ``--help`` with an example, and ``--json``.
+
+Subcommands that need MPI, or packages that are slow to import, live in modules of their own, which are
+imported when they are called: ``mpicoll verify`` works where mpi4py is not installed.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from mpicoll import algorithms
+from mpicoll.schedule import COLLECTIVES
+from mpicoll.verify import Row, ScheduleError, rank_list, verify, verify_all
+
+ORDER_UP_TO = 16  # ranks; a sum over more does not fit on a line
+MAX_RANKS = 100_000  # more is a typing error: the largest machines have fewer nodes
+
+# Subcommand: the module whose `command` it is, and its line in the list of subcommands.
+DEFERRED = {
+    "info": ("mpicoll.info", "Show what a bug report needs: versions, MPI library, ranks, CPUs, GPUs."),
+}
+
+
+def parse_ranks(text: str) -> list[int]:
+    """The numbers in a list such as ``1-33,64``, ascending, each once; `ValueError` says what is wrong."""
+    ranks: set[int] = set()
+    for part in text.split(","):
+        first, dash, last = (piece.strip() for piece in part.partition("-"))
+        if not first.isdecimal() or (dash and not last.isdecimal()):
+            raise ValueError(f"expected numbers and ranges such as 1-33,64; got {part!r} in {text!r}")
+        low, high = int(first), int(last if dash else first)
+        if not 1 <= low <= high <= MAX_RANKS:
+            allowed = f"numbers from 1 to {MAX_RANKS}, the smaller one of a range first"
+            raise ValueError(f"expected {allowed}; got {part!r} in {text!r}")
+        ranks.update(range(low, high + 1))
+    return sorted(ranks)
+
+
+def _ranks_option(ctx: click.Context, param: click.Parameter, text: str) -> list[int]:
+    try:
+        return parse_ranks(text)
+    except ValueError as error:
+        raise click.BadParameter(str(error)) from None
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="mpicoll")
+def main() -> None:
+    """Collective communication written by hand, in Python, over any MPI.
+
+    \b
+    Example:
+      mpicoll verify allreduce --algorithm ring --ranks 4
+    """
+
+
+@main.command("verify")
+@click.argument(
+    "collective", metavar="[COLLECTIVE]", required=False, type=click.Choice(list(algorithms.ALGORITHMS))
+)
+@click.option("--algorithm", metavar="NAME", help="Only this algorithm; COLLECTIVE must be given.")
+@click.option("--all", "everything", is_flag=True, help="Every algorithm of every collective.")
+@click.option(
+    "--ranks",
+    metavar="LIST",
+    callback=_ranks_option,
+    default="1-33,64,127,128",
+    show_default=True,
+    help="Rank counts to verify at; every root up to 33 ranks, four roots beyond.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
+def verify_command(
+    collective: str | None, algorithm: str | None, everything: bool, ranks: list[int], as_json: bool
+) -> None:
+    """Prove that algorithms compute their collective, symbolically and without MPI.
+
+    COLLECTIVE is one of allreduce, reduce_scatter, allgather, broadcast, reduce, gather, scatter, alltoall,
+    barrier.
+
+    Every rank's contribution must reach the result exactly once, nothing may be read before it is there, and
+    no two writes may meet. If an algorithm fails, the message names the round and the transfer, and the exit
+    status is 1.
+
+    For one algorithm at one number of ranks (up to 16) the order of the sums is shown, too.
+
+    \b
+    Examples:
+      mpicoll verify --all
+      mpicoll verify allreduce --algorithm rabenseifner --ranks 6
+      mpicoll verify broadcast --ranks 1-16,100 --json
+    """
+    _check_selection(collective, algorithm, everything)
+    started = time.perf_counter()
+    try:
+        rows = _verify_with_progress(ranks, collective, algorithm)
+    except ScheduleError as error:
+        _report_failure(error, as_json)
+        sys.exit(1)
+    seconds = time.perf_counter() - started
+    single = collective is not None and algorithm is not None and len(ranks) == 1 and ranks[0] <= ORDER_UP_TO
+    orders = _orders(str(collective), str(algorithm), ranks[0]) if single else []
+    if as_json:
+        result = {"ok": True, "seconds": seconds, "results": [asdict(row) for row in rows], "orders": orders}
+        click.echo(json.dumps(result, indent=2))
+        return
+    _print_table(rows)
+    proved = f"{sum(row.schedules for row in rows)} schedules proved right"
+    click.echo(f"{proved} at {rank_list(ranks)} ranks in {seconds:.1f} s")
+    for order in orders:
+        click.echo(
+            f"chunks {rank_list(order['chunks'])} on ranks {rank_list(order['ranks'])}: {order['order']}"
+        )
+
+
+def _check_selection(collective: str | None, algorithm: str | None, everything: bool) -> None:
+    if everything == (collective is not None):
+        given = f"both {collective!r} and --all" if everything else "neither"
+        raise click.UsageError(f"expected either a COLLECTIVE or --all; got {given}")
+    if algorithm is None:
+        return
+    if collective is None:
+        raise click.BadParameter(
+            "expected only together with a COLLECTIVE; got --all", param_hint="--algorithm"
+        )
+    try:
+        algorithms.function(collective, algorithm)
+    except ValueError as error:
+        raise click.BadParameter(str(error).removeprefix("algorithm: "), param_hint="--algorithm") from None
+
+
+def _verify_with_progress(ranks: list[int], collective: str | None, algorithm: str | None) -> list[Row]:
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("verifying", total=None)
+
+        def show(done: int, total: int) -> None:
+            progress.update(task, completed=done, total=total)
+
+        return verify_all(ranks, None if collective is None else [collective], algorithm, show)
+
+
+def _report_failure(error: ScheduleError, as_json: bool) -> None:
+    click.echo(f"Error: {error}", err=True)
+    if as_json:
+        transfer = None if error.transfer is None else error.transfer._asdict()
+        fault = {"problem": error.problem, "expected": error.expected, "got": error.got}
+        result = {"ok": False, "error": {**fault, "round": error.round, "transfer": transfer}}
+        click.echo(json.dumps(result, indent=2))
+
+
+def _orders(collective: str, algorithm: str, nranks: int) -> list[dict[str, Any]]:
+    """The order of every sum, once for all chunks and ranks that share it; none where nothing is summed."""
+    if not COLLECTIVES[collective].reduces:
+        return []
+    proof = verify(algorithms.schedule(collective, algorithm, nranks))
+    found: dict[str, dict[str, Any]] = {}
+    for rank in range(nranks):
+        for chunk in proof.schedule.outputs(rank).tolist():
+            order = proof.order(rank, chunk)
+            entry = found.setdefault(order, {"order": order, "chunks": [], "ranks": []})
+            entry["chunks"] = sorted({*entry["chunks"], chunk})
+            entry["ranks"] = sorted({*entry["ranks"], rank})
+    return list(found.values())
+
+
+def _print_table(rows: list[Row]) -> None:
+    """One line for each algorithm, whatever the number of rank counts."""
+    table = Table(caption="rounds, and chunks sent by one rank: the most at any rank count")
+    for heading in ("collective", "algorithm"):
+        table.add_column(heading, no_wrap=True)
+    for heading in ("schedules", "rounds", "chunks", "same bits"):
+        table.add_column(heading, justify="right")
+    for key in dict.fromkeys((row.collective, row.algorithm) for row in rows):
+        table.add_row(*key, *_summary([row for row in rows if (row.collective, row.algorithm) == key]))
+    Console().print(table)
+
+
+def _summary(rows: list[Row]) -> list[str]:
+    collective = COLLECTIVES[rows[0].collective]
+    agree = "yes" if all(row.identical for row in rows) else "no"
+    return [
+        str(sum(row.schedules for row in rows)),
+        str(max(row.rounds for row in rows)),
+        str(max(row.volume for row in rows)),
+        "-" if collective.idempotent else agree,
+    ]
+
+
+def _deferred(name: str, module: str, summary: str) -> click.Command:
+    """A subcommand that imports its ``module`` when it is called, and hands its arguments over unread."""
+
+    def run(arguments: tuple[str, ...]) -> None:
+        command: Callable[..., None] = importlib.import_module(module).command
+        command(args=list(arguments), prog_name=f"mpicoll {name}")
+
+    arguments = click.Argument(["arguments"], nargs=-1, type=click.UNPROCESSED)
+    settings = {"ignore_unknown_options": True, "help_option_names": []}
+    return click.Command(name, settings, run, [arguments], short_help=summary, add_help_option=False)
+
+
+for _name, (_module, _line) in DEFERRED.items():
+    main.add_command(_deferred(_name, _module, _line))
