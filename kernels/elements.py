@@ -19,7 +19,7 @@ from numba.extending import intrinsic
 from numba.np.numpy_support import from_dtype
 
 
-class Half(types.Type):
+class Half(types.Type):  # type: ignore[misc]  # numba is untyped
     """A 16-bit float in memory: ``float16`` or ``bfloat16``."""
 
 

@@ -14,9 +14,9 @@ from typing import Any
 
 import numpy as np
 from numba import cfunc, njit, types
-from numba.core.ccallback import CFunc
 
 from .elements import BFLOAT16_DTYPE, element_type, load, same_address, store
+
 
 @njit(inline="always")
 def _apply(combine, dst, a, b, count):  # type: ignore[no-untyped-def]
@@ -175,7 +175,7 @@ def check_supported(op: str, dtype: np.dtype[Any]) -> None:
 
 
 @cache
-def _compiled(kernel: Callable[..., None], *arguments: types.Type) -> CFunc:
+def _compiled(kernel: Callable[..., None], *arguments: types.Type) -> Any:
     """The kernel as a C function; kept for good, for compiled code holds its address."""
     return cfunc(types.void(*arguments), cache=True)(kernel)
 

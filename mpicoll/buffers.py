@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import ml_dtypes
@@ -59,7 +59,7 @@ class Message:
 
 @dataclass(frozen=True, slots=True)
 class Blocks:
-    """A message of one block per rank: ``counts`` elements each, ``displacements`` elements from its start."""
+    """A message of one block per rank: ``counts`` elements at ``displacements`` elements from its start."""
 
     message: Message
     counts: list[int]
@@ -91,7 +91,7 @@ def _as_array(obj: Any, argument: str) -> np.ndarray[Any, Any]:
         return obj.view(np.ndarray)
     if _on_device(obj):
         raise TypeError(
-            f"{argument}: expected host memory, got {type(obj).__name__} on a device; copy it to the host first"
+            f"{argument}: expected host memory, got {type(obj).__name__} on a device; copy it to the host"
         )
     torch = sys.modules.get("torch")
     if torch is not None and isinstance(obj, torch.Tensor):
@@ -201,13 +201,17 @@ def parse(spec: Any, argument: str, writable: bool = False, blocks: int = 1) -> 
         raise ValueError(f"{argument}: expected a count and displacement of 0 or more, got {spec[1:]}")
     else:
         _check_room(base, int(count) * blocks, available)
-    return Message(argument, base.data, address, int(count), base.dtype, base.datatype, base.size, base.extent)
+    return replace(base, address=address, count=int(count))
 
 
 def _whole_count(base: Message, available: int, blocks: int) -> int:
     count, rest = divmod(available, base.extent * blocks) if base.extent else (0, 0)
     if rest:
-        unit = f"{blocks} equal blocks of {base.type_name}" if blocks > 1 else f"whole elements of {base.type_name}"
+        unit = (
+            f"{blocks} equal blocks of {base.type_name}"
+            if blocks > 1
+            else f"whole elements of {base.type_name}"
+        )
         raise ValueError(f"{base.argument}: expected {unit}, got {available} bytes")
     return count
 
@@ -250,7 +254,9 @@ def _is_pair_of_lists(counts: Sequence[Any]) -> bool:
 def _per_rank(values: Any, argument: str, what: str, nranks: int) -> list[int]:
     numbers = [int(values)] * nranks if isinstance(values, (int, np.integer)) else [int(v) for v in values]
     if len(numbers) != nranks or min(numbers, default=0) < 0:
-        raise ValueError(f"{argument}: expected {nranks} {what} of 0 or more, one for each rank, got {numbers}")
+        raise ValueError(
+            f"{argument}: expected {nranks} {what} of 0 or more, one for each rank, got {numbers}"
+        )
     return numbers
 
 

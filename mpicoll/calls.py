@@ -7,6 +7,7 @@ in a reduction.
 
 from __future__ import annotations
 
+import ctypes
 from collections import OrderedDict
 from collections.abc import Sequence
 from functools import partial
@@ -39,7 +40,8 @@ class Average:
 AVG = Average()
 Operation = MPI.Op | Average
 
-_OPERATIONS = {MPI._handleof(getattr(MPI, name)): name for name in kernels.OPERATIONS}
+OPERATIONS = kernels.OPERATIONS  # names of MPI's own that we do by hand
+_OPERATION_NAMES = {MPI._handleof(getattr(MPI, name)): name for name in OPERATIONS}
 
 
 class _Plans:
@@ -80,11 +82,11 @@ class _Plans:
 class CallMaker:
     """Makes the calls of one communicator. ``private`` carries our messages, apart from the user's."""
 
-    def __init__(self, private: MPI.Intracomm, ranks_on_node: int, algorithm: str) -> None:
+    def __init__(self, private: MPI.Intracomm, spins: int, algorithm: str) -> None:
         self._private = private
         self._rank = private.Get_rank()
         self._nranks = private.Get_size()
-        self._ranks_on_node = ranks_on_node
+        self._spins = spins
         self._algorithm = algorithm
         self._plans = _Plans()
 
@@ -120,7 +122,9 @@ class CallMaker:
         self._check_root(root)
         at_root = self._rank == root
         if not at_root and sendbuf is MPI.IN_PLACE:
-            raise ValueError(f"sendbuf: expected data on rank {self._rank}; only root {root} may pass IN_PLACE")
+            raise ValueError(
+                f"sendbuf: expected data on rank {self._rank}; only root {root} may pass IN_PLACE"
+            )
         recv = parse(recvbuf, "recvbuf", writable=True) if at_root else None
         send = recv if sendbuf is MPI.IN_PLACE and recv is not None else parse(sendbuf, "sendbuf")
         operation = _reduction(send, recv or send, op)
@@ -146,7 +150,7 @@ class CallMaker:
         *,
         algorithm: str | None = None,
     ) -> Call | None:
-        """As `Reduce_scatter_block` with blocks of ``recvcounts`` elements, by default ``recvbuf``'s sizes."""
+        """As `Reduce_scatter_block` with blocks of ``recvcounts`` elements, by default ``recvbuf``s."""
         return self._reduce_scatter(sendbuf, recvbuf, recvcounts, op, algorithm, equal=False)
 
     def _reduce_scatter(
@@ -325,7 +329,9 @@ class CallMaker:
         call = Call(plan, key, 0, 0, (own.message.data, blocks and blocks.message.data))
         sends = collective == "gather"
         own_at = 0 if in_place else _stage_blocks(call, own, read=sends, write=not sends)
-        blocks_at = 0 if blocks is None else _stage_blocks(call, blocks, read=not sends or in_place, write=sends)
+        blocks_at = (
+            0 if blocks is None else _stage_blocks(call, blocks, read=not sends or in_place, write=sends)
+        )
         if in_place:
             call.recv = blocks_at
         elif sends:
@@ -341,7 +347,7 @@ class CallMaker:
         counts, blocks_at = np.array(shape.counts), np.array(shape.displacements)
         own_at = blocks_at if in_place else np.zeros(self._nranks, np.int64)
         sides = (own_at, blocks_at) if collective == "gather" else (blocks_at, own_at)
-        return self._plan(schedule, Layout(counts, *sides, in_place=in_place))
+        return self._plan(schedule, Layout(counts, sides[0], sides[1], in_place))
 
     # -- everybody sends and receives
 
@@ -430,7 +436,7 @@ class CallMaker:
         nbytes = int(layout.counts.sum()) * itemsize
         pipeline = tuning.pipeline(schedule.collective, self._nranks, nbytes)
         program = compile_program(schedule, self._rank, layout, itemsize, pipeline, average=bool(scale))
-        return MessagePlan(program, self._private, self._ranks_on_node, kernel, scale)
+        return MessagePlan(program, self._private, self._spins, kernel, scale)
 
     def _choose(
         self, collective: str, algorithm: str | None, nbytes: int, only: tuple[str, ...] | None = None
@@ -443,7 +449,7 @@ class CallMaker:
             return only[0] if only else tuning.choose(collective, self._nranks, nbytes)
         if algorithm not in allowed:
             raise ValueError(
-                f"algorithm: expected auto or one of {', '.join(allowed)} for this {collective}, got {algorithm!r}"
+                f"algorithm: expected auto or one of {', '.join(allowed)} for {collective}, got {algorithm!r}"
             )
         return algorithm
 
@@ -467,11 +473,11 @@ def _reduction(send: Message, recv: Message, op: Operation) -> str | None:
         if dtype is None or not kernels.supports("SUM", dtype) or dtype.kind in "iu":
             raise TypeError(f"op: AVG is defined for floating and complex dtypes, got {send.type_name}")
         return "AVG"
-    name = _OPERATIONS.get(MPI._handleof(op))
+    name = _OPERATION_NAMES.get(MPI._handleof(op))
     if name is None or dtype is None or dtype not in kernels.DTYPES:
         return None
     kernels.check_supported(name, dtype)
-    return name
+    return str(name)
 
 
 def _check_count(message: Message, count: int, why: str) -> None:
@@ -575,7 +581,7 @@ def _stage_input(call: Call, nbytes: int) -> None:
     copy, source = np.empty(nbytes, np.uint8), call.send
 
     def take_copy() -> None:
-        copy[:] = np.frombuffer(MPI.memory.fromaddress(source, nbytes), np.uint8)
+        ctypes.memmove(copy.ctypes.data, source, nbytes)
 
     call.before = _then(call.before, take_copy)
     call.send = copy.ctypes.data

@@ -4,45 +4,45 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial, wraps
-from typing import Any, Concatenate, ParamSpec
+from typing import Any
 
 from mpi4py import MPI
 
 from mpicoll import algorithms
 from mpicoll.calls import CallMaker
+from mpicoll.repeated import RepeatedCalls, signature
 from mpicoll.requests import Call, PersistentCall, Request
+from mpicoll.transports.messages import choose_spins
 
-_ONE_SHOT_TAGS = range(0, 16_384)
+_ONE_SHOT_TAGS = range(16_384)
 _PERSISTENT_TAGS = range(16_384, 32_768)  # MPI promises tags up to 32767
 
-P = ParamSpec("P")
-_Prepare = Callable[Concatenate[CallMaker, P], Call | None]
-
-
 # Each collective is prepared by one method of `CallMaker`, which has mpi4py's signature, and completed in
-# three ways. Where there is nothing to complete, MPI does it all.
+# three ways. Where it prepares nothing, MPI does it all. The methods made here are typed as Any, for mpi4py's
+# own types know neither ``algorithm`` nor bfloat16.
+_Prepare = Callable[..., Call | None]
 
 
-def _blocking(
-    prepare: _Prepare[P], native: Callable[..., None]
-) -> Callable[Concatenate[Communicator, P], None]:
+def _blocking(prepare: _Prepare, native: Callable[..., None]) -> Any:
     @wraps(prepare)
-    def method(self: Communicator, /, *args: P.args, **kwargs: P.kwargs) -> None:
+    def method(self: Communicator, /, *args: Any, **kwargs: Any) -> None:
+        key = signature(prepare, args, kwargs)
+        if key is not None and self._repeated.run(key, args, self._next_tag):
+            return
         call = prepare(self._maker, *args, **kwargs)
         if call is None:
             native(self, *args, **_without_algorithm(kwargs))
-        else:
-            call.run(self._next_tag())
+            return
+        call.run(self._next_tag())
+        if key is None or not self._repeated.remember(key, call, args):
             self._maker.release(call)
 
     return method
 
 
-def _nonblocking(
-    prepare: _Prepare[P], native: Callable[..., MPI.Request]
-) -> Callable[Concatenate[Communicator, P], MPI.Request]:
+def _nonblocking(prepare: _Prepare, native: Callable[..., MPI.Request]) -> Any:
     @wraps(prepare)
-    def method(self: Communicator, /, *args: P.args, **kwargs: P.kwargs) -> MPI.Request:
+    def method(self: Communicator, /, *args: Any, **kwargs: Any) -> MPI.Request:
         if MPI.Query_thread() < MPI.THREAD_MULTIPLE:
             raise RuntimeError(
                 "nonblocking collectives need MPI_THREAD_MULTIPLE for their progress thread; remove "
@@ -56,9 +56,13 @@ def _nonblocking(
     return method
 
 
-def _persistent(prepare: _Prepare[P]) -> Callable[Concatenate[Communicator, P], PersistentCall]:
+def _persistent(prepare: _Prepare) -> Any:
     @wraps(prepare)
-    def method(self: Communicator, /, *args: P.args, **kwargs: P.kwargs) -> PersistentCall:
+    def method(
+        self: Communicator, /, *args: Any, info: MPI.Info = MPI.INFO_NULL, **kwargs: Any
+    ) -> PersistentCall:
+        if args and isinstance(args[-1], MPI.Info):
+            args = args[:-1]  # hints to the MPI library, which has no part in this
         call = prepare(self._maker, *args, **kwargs)
         if call is None:
             raise TypeError(
@@ -104,7 +108,9 @@ class Communicator(MPI.Intracomm):
     def __init__(self, comm: MPI.Intracomm | None = None, algorithm: str = "auto") -> None:
         known = {name for collective in algorithms.ALGORITHMS for name in algorithms.names(collective)}
         if algorithm != "auto" and algorithm not in known:
-            raise ValueError(f"algorithm: expected auto or one of {', '.join(sorted(known))}; got {algorithm!r}")
+            raise ValueError(
+                f"algorithm: expected auto or one of {', '.join(sorted(known))}; got {algorithm!r}"
+            )
         self._owned = False  # whether the communicator itself, not only what we added, is ours to free
         self._algorithm = algorithm
         if self != MPI.COMM_NULL:
@@ -114,8 +120,9 @@ class Communicator(MPI.Intracomm):
         # Our messages travel apart from the user's. Intracomm.Dup would give a Communicator again.
         self._private = MPI.Intracomm.Dup(MPI.Intracomm(self))
         self._private.Set_errhandler(MPI.ERRORS_RETURN)
-        node = self._private.Split_type(MPI.COMM_TYPE_SHARED)
-        self._maker = CallMaker(self._private, node.Get_size(), self._algorithm)
+        node = MPI.Intracomm(self._private.Split_type(MPI.COMM_TYPE_SHARED))
+        self._maker = CallMaker(self._private, choose_spins(node), self._algorithm)
+        self._repeated = RepeatedCalls(self._maker.release)
         node.Free()
         self._tag = 0
         self._persistent_tag = 0
@@ -128,7 +135,7 @@ class Communicator(MPI.Intracomm):
         child._owned = True
         return child
 
-    def Free(self) -> None:  # noqa: N802
+    def Free(self) -> None:
         """Free what was added to the communicator, and a communicator from `Split` or `Dup` itself, too.
 
         The communicator that was passed to the constructor stays its owner's.
@@ -145,29 +152,27 @@ class Communicator(MPI.Intracomm):
 
     # -- communicators from this one
 
-    def Dup(self, info: MPI.Info | None = None) -> Communicator:  # noqa: N802
+    def Dup(self, info: MPI.Info | None = None) -> Communicator:
         """A duplicate of this communicator, with the same default algorithm."""
         return self._adopt(MPI.Intracomm(self).Dup(info))  # type: ignore[no-any-return]
 
-    def Clone(self) -> Communicator:  # noqa: N802
+    def Clone(self) -> Communicator:
         """As `Dup`."""
         return self.Dup()
 
-    def Split(self, color: int = 0, key: int = 0) -> Communicator:  # noqa: N802
+    def Split(self, color: int = 0, key: int = 0) -> Communicator:
         """One communicator for each color, ranks ordered by key; COMM_NULL for ``MPI.UNDEFINED``."""
         return self._adopt(MPI.Intracomm(self).Split(color, key))  # type: ignore[no-any-return]
 
-    def Split_type(  # noqa: N802
-        self, split_type: int, key: int = 0, info: MPI.Info = MPI.INFO_NULL
-    ) -> Communicator:
+    def Split_type(self, split_type: int, key: int = 0, info: MPI.Info = MPI.INFO_NULL) -> Communicator:
         """One communicator for each group of ranks of a kind, such as those that share memory."""
         return self._adopt(MPI.Intracomm(self).Split_type(split_type, key, info))  # type: ignore[no-any-return]
 
-    def Create(self, group: MPI.Group) -> Communicator:  # noqa: N802
+    def Create(self, group: MPI.Group) -> Communicator:
         """A communicator of the group's ranks; COMM_NULL on the others."""
         return self._adopt(MPI.Intracomm(self).Create(group))  # type: ignore[no-any-return]
 
-    def Create_group(self, group: MPI.Group, tag: int = 0) -> Communicator:  # noqa: N802
+    def Create_group(self, group: MPI.Group, tag: int = 0) -> Communicator:
         """A communicator of the group's ranks; only they call it."""
         return self._adopt(MPI.Intracomm(self).Create_group(group, tag))  # type: ignore[no-any-return]
 
@@ -196,9 +201,7 @@ class Communicator(MPI.Intracomm):
 
     Iallreduce = _nonblocking(CallMaker.allreduce, MPI.Intracomm.Iallreduce)
     Ireduce = _nonblocking(CallMaker.reduce, MPI.Intracomm.Ireduce)
-    Ireduce_scatter_block = _nonblocking(
-        CallMaker.reduce_scatter_block, MPI.Intracomm.Ireduce_scatter_block
-    )
+    Ireduce_scatter_block = _nonblocking(CallMaker.reduce_scatter_block, MPI.Intracomm.Ireduce_scatter_block)
     Ireduce_scatter = _nonblocking(CallMaker.reduce_scatter, MPI.Intracomm.Ireduce_scatter)
     Ibcast = _nonblocking(CallMaker.bcast, MPI.Intracomm.Ibcast)
     Igather = _nonblocking(CallMaker.gather, MPI.Intracomm.Igather)

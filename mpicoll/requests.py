@@ -10,13 +10,17 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from mpi4py import MPI
 
 from mpicoll.transports.messages import BRIEF, PATIENT, MessagePlan
 
 SLICE = 200  # polls of one nonblocking call before the progress thread turns to the next
+
+
+# Calls that were broken off, by Ctrl-C for one: MPI may still write into their memory, so it is never freed.
+_broken_off: list[Call] = []
 
 
 class Call:
@@ -33,11 +37,15 @@ class Call:
         self.before: Callable[[], None] | None = None
         self.after: Callable[[], None] | None = None
 
-    def start(self, tag: int) -> None:
-        """Get ready; the first `advance` sends."""
+    def bind(self, tag: int) -> None:
+        """Get ready to be started."""
+        self.plan.bind(tag, self.send, self.recv)
+
+    def start(self) -> bool:
+        """Begin without blocking; whether the collective is already complete on this rank."""
         if self.before is not None:
             self.before()
-        self.plan.start(tag, self.send, self.recv)
+        return self.advance(BRIEF)
 
     def advance(self, polls: int = PATIENT) -> bool:
         """Go on for up to ``polls`` polls; whether the collective is complete on this rank."""
@@ -49,9 +57,17 @@ class Call:
 
     def run(self, tag: int) -> None:
         """From start to end. Returns to Python now and then, so that signals are handled."""
-        self.start(tag)
-        while not self.advance():
-            pass
+        self.plan.bind(tag, self.send, self.recv)
+        if self.before is not None:
+            self.before()
+        try:
+            while not self.plan.advance(PATIENT):
+                pass
+        except BaseException:
+            _broken_off.append(self)
+            raise
+        if self.after is not None:
+            self.after()
 
 
 class _Progress:
@@ -91,29 +107,38 @@ class Request(MPI.Grequest):
 
     _call: Call
     _release: Callable[[], None]
+    _grequest: MPI.Grequest
+    _turn: threading.Lock  # held by the thread that advances the call
+    _adopted: bool  # whether a thread that waits has taken the work over
+    _complete: bool
+    _error: Exception | None
 
     def __new__(cls, call: Call, tag: int, release: Callable[[], None]) -> Request:
         grequest = MPI.Grequest.Start()
         self = super().__new__(cls, grequest)
-        self._grequest = grequest
         self._call = call
         self._release = release
-        self._turn = threading.Lock()  # held by the thread that advances the call
-        self._adopted = False  # whether a thread that waits has taken the work over
-        self._complete = False
-        self._error: BaseException | None = None
-        call.start(tag)
-        self._advance(BRIEF)
-        if not self._complete:
+        self._grequest = grequest
+        self._turn = threading.Lock()
+        self._adopted = self._complete = False
+        self._error = None
+        call.bind(tag)
+        if call.start():
+            self._finish()
+        else:
             _progress.add(self)
         return self
 
-    def _advance(self, polls: int) -> None:
-        """Go on; only with ``_turn`` held or before anyone else knows the request."""
-        if not self._complete and self._try_advance(polls):
-            self._complete = True
+    def _finish(self) -> None:
+        self._complete = True
+        if self._error is None:
             self._release()
-            self._grequest.Complete()
+        self._grequest.Complete()
+
+    def _advance(self, polls: int) -> None:
+        """Go on; only with ``_turn`` held."""
+        if not self._complete and self._try_advance(polls):
+            self._finish()
 
     def _try_advance(self, polls: int) -> bool:
         # An error belongs to whoever waits for the request, not to the thread that met it.
@@ -121,6 +146,7 @@ class Request(MPI.Grequest):
             return self._call.advance(polls)
         except Exception as error:
             self._error = error
+            _broken_off.append(self._call)
             return True
 
     def _progress(self) -> bool:
@@ -135,7 +161,7 @@ class Request(MPI.Grequest):
             error, self._error = self._error, None
             raise error
 
-    def Wait(self, status: MPI.Status | None = None) -> bool:  # noqa: N802
+    def Wait(self, status: MPI.Status | None = None) -> Literal[True]:
         """Complete the collective. Raises what went wrong in it."""
         self._adopted = True
         with self._turn:
@@ -145,7 +171,7 @@ class Request(MPI.Grequest):
         self._raise_error()
         return True
 
-    def Test(self, status: MPI.Status | None = None) -> bool:  # noqa: N802
+    def Test(self, status: MPI.Status | None = None) -> bool:
         """Whether the collective is complete; goes on with it if not. Raises what went wrong in it."""
         if self._turn.acquire(blocking=False):
             self._advance(BRIEF)
@@ -173,46 +199,45 @@ class PersistentCall:
     """
 
     def __init__(self, call: Call, tag: int) -> None:
+        call.bind(tag)
         self._call: Call | None = call
-        self._tag = tag
         self._active = False
 
-    def Start(self) -> None:  # noqa: N802
+    def Start(self) -> None:
         """Begin. Raises RuntimeError if the previous start has not been completed."""
-        call = self._call
-        if call is None:
-            raise RuntimeError("Start: this persistent call has been freed")
         if self._active:
             raise RuntimeError("Start: the previous start is not complete; call Wait() first")
-        call.start(self._tag)
-        self._active = not call.advance(BRIEF)
+        if self._call is None:
+            raise RuntimeError("Start: this persistent call has been freed")
+        self._active = True
+        self._active = not self._call.start()
 
-    def Wait(self) -> bool:  # noqa: N802
+    def Wait(self) -> bool:
         """Complete what `Start` began; returns at once if nothing is under way."""
         while self._active:
             self._active = not self._call.advance()  # type: ignore[union-attr]
         return True
 
-    def Test(self) -> bool:  # noqa: N802
+    def Test(self) -> bool:
         """Whether what `Start` began is complete; goes on with it if not."""
         if self._active:
             self._active = not self._call.advance(BRIEF)  # type: ignore[union-attr]
         return not self._active
 
-    def Free(self) -> None:  # noqa: N802
+    def Free(self) -> None:
         """Give up buffers and scratch memory. Raises RuntimeError if a start is not complete."""
         if self._active:
             raise RuntimeError("Free: a start is not complete; call Wait() first")
         self._call = None
 
     @staticmethod
-    def Startall(calls: Iterable[PersistentCall]) -> None:  # noqa: N802
+    def Startall(calls: Iterable[PersistentCall]) -> None:
         """Start several, in this order on every rank."""
         for call in calls:
             call.Start()
 
     @staticmethod
-    def Waitall(calls: Sequence[PersistentCall]) -> bool:  # noqa: N802
+    def Waitall(calls: Sequence[PersistentCall]) -> bool:
         """Complete several, whichever comes first going on first."""
         waiting = list(calls)
         while waiting:

@@ -7,6 +7,8 @@ bandwidth does.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from mpicoll.transports.program import Pipeline
 
 KIB = 1024
@@ -46,7 +48,7 @@ def _alltoall(nranks: int, nbytes: int) -> str:
     return "bruck" if nranks > 8 and nbytes < 256 * nranks**2 else "pairwise"
 
 
-_CHOICES = {
+_CHOICES: dict[str, Callable[[int, int], str]] = {
     "allreduce": _allreduce,
     "reduce_scatter": _reduce_scatter,
     "allgather": _allgather,

@@ -61,7 +61,7 @@ _RECV, _SEND, _WAIT, _REDUCE, _COPY = (int(op) for op in (Op.RECV, Op.SEND, Op.W
 
 @intrinsic
 def _call(typingctx: Any, address: Any, arguments: Any) -> Any:
-    """Call the C function at ``address``; integers and floats are passed as they are, the result is an int."""
+    """Call the C function at ``address`` with these numbers; its result is an int."""
 
     def codegen(context: Any, builder: ir.IRBuilder, signature: Any, values: Any) -> ir.Value:
         unpacked = [builder.extract_value(values[1], i) for i in range(len(arguments))]
@@ -116,7 +116,7 @@ def _copy_bytes(typingctx: Any, dst: Any, src: Any, nbytes: Any) -> Any:
     return types.void(types.int64, types.int64, types.int64), codegen
 
 
-@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@njit(nogil=True, cache=True)
 def _wait(s, request, polls):  # type: ignore[no-untyped-def]
     """Poll one request: DONE, PENDING after ``polls`` polls, or an error code."""
     flag, status = s[FLAG], s[STATUS]
@@ -132,7 +132,7 @@ def _wait(s, request, polls):  # type: ignore[no-untyped-def]
     return PENDING
 
 
-@njit("int64(int64, int64)", nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@njit("int64(int64, int64)", nogil=True, cache=True)
 def _advance(state, polls):  # type: ignore[no-untyped-def]
     """Execute rows from PC on, until done, an error, or a message that does not come for a while."""
     s = _int64s(state)
@@ -164,7 +164,7 @@ def _advance(state, polls):  # type: ignore[no-untyped-def]
         if result != DONE:
             break
         pc += 1
-    s[PC] = pc
+    s[PC] = pc if pc < nrows else 0  # ready for the next start
     return result
 
 
@@ -174,7 +174,9 @@ def _library_path() -> str:
         path = line.split(maxsplit=5)[-1]
         if re.match(r"lib(mpi|mpich|mpi_abi|mpi_cray)\.so", os.path.basename(path)):
             return path
-    raise RuntimeError("mpicoll found no MPI library (libmpi*.so) in this process; expected mpi4py to load one")
+    raise RuntimeError(
+        "mpicoll found no MPI library (libmpi*.so) in this process; expected mpi4py to load one"
+    )
 
 
 @cache
@@ -185,10 +187,13 @@ def _functions() -> dict[int, int]:
     return {slot: ctypes.cast(f, ctypes.c_void_p).value or 0 for slot, f in found.items()}
 
 
-@cache
-def spins(ranks_on_node: int) -> int:
-    """Polls before a waiting rank yields its core: none where ranks outnumber the cores they may use."""
-    return 0 if ranks_on_node > len(os.sched_getaffinity(0)) else 1000
+def choose_spins(node: MPI.Intracomm) -> int:
+    """Polls before a waiting rank yields its core: none where the node's ranks outnumber their cores.
+
+    ``node`` is the communicator of the ranks that share memory; the call is collective over it.
+    """
+    cores = set().union(*node.allgather(os.sched_getaffinity(0)))
+    return 0 if node.Get_size() > len(cores) else 1000
 
 
 def _handle(thing: MPI.Intracomm | MPI.Datatype) -> int:
@@ -200,12 +205,12 @@ def _handle(thing: MPI.Intracomm | MPI.Datatype) -> int:
 class MessagePlan:
     """A program bound to a communicator, a tag and kernels, with its requests and scratch memory.
 
-    Call `start` with the buffers' addresses, then `advance` until it says true. The handles, the scratch
-    memory and the compiled rows are made once and used for every start.
+    `bind` the buffers' addresses, then call `advance` until it says true; the next `advance` begins anew. The
+    handles, the scratch memory and the compiled rows are made once and serve every time.
     """
 
     def __init__(
-        self, program: Program, comm: MPI.Intracomm, ranks_on_node: int, kernel: int = 0, scale: int = 0
+        self, program: Program, comm: MPI.Intracomm, spins: int, kernel: int = 0, scale: int = 0
     ) -> None:
         stride = MPI._sizeof(MPI.Request)
         self._rows = program.rows
@@ -219,17 +224,16 @@ class MessagePlan:
         state[COMM], state[BYTE] = _handle(comm), _handle(MPI.BYTE)
         state[REDUCE_KERNEL], state[SCALE_KERNEL] = kernel, scale
         state[FACTOR : FACTOR + 1].view(np.float64)[0] = 1 / comm.Get_size()
-        state[SPINS] = spins(ranks_on_node)
+        state[SPINS] = spins
         for slot, address in _functions().items():
             state[slot] = address
         self._address = state.ctypes.data
         state[FLAG], state[STATUS] = self._address + 8 * (FLAG + 1), self._address + 8 * (STATUS + 1)
-        self._memory = memoryview(state)  # item assignment at a fraction of NumPy's cost
+        self._memory = memoryview(state.data)  # item assignment at a fraction of NumPy's cost
 
-    def start(self, tag: int, send: int, recv: int) -> None:
-        """Point the program at the caller's buffers and go to its first row; nothing is sent yet."""
+    def bind(self, tag: int, send: int, recv: int) -> None:
+        """Use the caller's buffers at these addresses; nothing is sent yet."""
         memory = self._memory
-        memory[PC] = 0
         memory[TAG] = tag
         memory[BUFFERS] = send
         memory[BUFFERS + 1] = recv
@@ -243,5 +247,4 @@ class MessagePlan:
         result = _advance(self._address, polls)
         if result > DONE:
             raise MPI.Exception(result)
-        return bool(result == DONE)
-
+        return result == DONE  # type: ignore[no-any-return]

@@ -75,7 +75,7 @@ class Layout:
 
 @dataclass(frozen=True, eq=False)
 class Program:
-    """``rows``: int64 [n, len(COLUMNS)]; ``scratch``: bytes of scratch memory; ``requests``: how many at once."""
+    """``rows``: int64 [n, len(COLUMNS)]; ``scratch``: bytes of scratch memory; ``requests``: at once."""
 
     rows: IntArray
     scratch: int
@@ -93,12 +93,12 @@ NOWHERE = Place(Buffer.INPUT, 0)
 
 
 class _Piece(NamedTuple):
-    """Elements ``start`` to ``start + count`` of a chunk: its segment number ``segment``."""
+    """Elements ``start`` to ``start + length`` of a chunk: its segment number ``segment``."""
 
     chunk: int
     segment: int
     start: int
-    count: int
+    length: int
 
 
 @dataclass
@@ -117,7 +117,7 @@ class _Message:
 
     @property
     def count(self) -> int:
-        return sum(piece.count for piece in self.pieces)
+        return sum(piece.length for piece in self.pieces)
 
 
 def compile_program(
@@ -224,11 +224,15 @@ class _Compiler:
         segment = max(1, self.pipeline.segment // self.itemsize)
         steps: dict[tuple[int, int], list[_Message]] = defaultdict(list)
         self.last_write: dict[int, _Message] = {}
+        self.last_copied_out: dict[int, int] = {}  # the last round in which a chunk is sent to be copied
         for message in _messages(self.schedule, self.rank, self.layout, segment):
             time = self.pipeline.stride * message.segment + message.round
             steps[time, message.segment].append(message)
+            chunks = {piece.chunk for piece in message.pieces}
             if not message.outgoing:
-                self.last_write.update((piece.chunk, message) for piece in message.pieces)
+                self.last_write.update(dict.fromkeys(chunks, message))
+            elif not message.reduce:
+                self.last_copied_out.update(dict.fromkeys(chunks, message.round))
         return [steps[key] for key in sorted(steps)]
 
     def _may_post(self, message: _Message, last_write: int, last_use: int, number: int) -> bool:
@@ -258,7 +262,7 @@ class _Compiler:
 
     def _joined(self, pieces: list[_Piece], places: list[Place]) -> bool:
         """Whether the pieces lie one after the other."""
-        ends = [Place(p.buffer, p.at + q.count * self.itemsize) for p, q in zip(places, pieces, strict=True)]
+        ends = [Place(p.buffer, p.at + q.length * self.itemsize) for p, q in zip(places, pieces, strict=True)]
         return ends[:-1] == places[1:]
 
     def _allocate(self, nbytes: int) -> Place:
@@ -279,7 +283,7 @@ class _Compiler:
     def _in_slot(self, message: _Message) -> list[tuple[_Piece, Place]]:
         """The message's pieces with their places in its slot."""
         assert message.slot is not None
-        offsets = np.cumsum([0] + [piece.count * self.itemsize for piece in message.pieces]).tolist()
+        offsets = np.cumsum([0] + [piece.length * self.itemsize for piece in message.pieces]).tolist()
         places = [Place(message.slot.buffer, message.slot.at + offset) for offset in offsets[:-1]]
         return list(zip(message.pieces, places, strict=True))
 
@@ -332,7 +336,7 @@ class _Compiler:
         return self._home(piece)
 
     def _copy(self, piece: _Piece, dst: Place, src: Place) -> None:
-        self._emit(Op.COPY, piece.count * self.itemsize, dst, src)
+        self._emit(Op.COPY, piece.length * self.itemsize, dst, src)
 
     def _send(self, message: _Message) -> None:
         places = [self._place(piece) for piece in message.pieces]
@@ -384,20 +388,21 @@ class _Compiler:
         before = [place for peer, place in received if peer < self.rank]
         after = [place for peer, place in received if peer > self.rank]
         for place in before[1:]:
-            self._emit(Op.REDUCE, piece.count, before[0], before[0], place)
+            self._emit(Op.REDUCE, piece.length, before[0], before[0], place)
         for place in before[:1] + after:
-            self._emit(Op.REDUCE, piece.count, home, own, place)
+            self._emit(Op.REDUCE, piece.length, home, own, place)
             own = home
 
     def _scale_if_complete(self, piece: _Piece, messages: list[_Message]) -> None:
-        # The last reduction into an output is the complete one: later ranks only copy it.
+        # The last reduction into what is an output, here or on ranks that only copy it, is the complete one.
         last = self.last_write[piece.chunk]
-        if self.average and piece.chunk in self.outputs and last.reduce and last.round == messages[0].round:
-            self._emit(Op.SCALE, piece.count, self._home(piece))
+        wanted = piece.chunk in self.outputs or self.last_copied_out.get(piece.chunk, -1) > last.round
+        if self.average and wanted and last.reduce and last.round == messages[0].round:
+            self._emit(Op.SCALE, piece.length, self._home(piece))
 
     def _copy_unmoved(self) -> None:
         """Outputs that no message brought are the rank's own inputs."""
         for chunk in self.outputs:
             piece = _Piece(chunk, 0, 0, int(self.layout.counts[chunk]))
-            if chunk not in self.last_write and piece.count and self._place(piece) != self._home(piece):
+            if chunk not in self.last_write and piece.length and self._place(piece) != self._home(piece):
                 self._copy(piece, self._home(piece), self._place(piece))

