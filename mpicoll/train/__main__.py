@@ -1,0 +1,5 @@
+"""``python -m mpicoll.train``."""
+
+from mpicoll.train.cli import main
+
+main()

@@ -1,0 +1,33 @@
+"""What a user can set right: one exception for it, and how it reaches every rank."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeVar
+
+from mpi4py import MPI
+
+T = TypeVar("T")
+
+
+class InputError(ValueError):
+    """Bad input from the user: one line that names it, what was expected and what to do."""
+
+
+def on_rank_zero(comm: MPI.Intracomm, function: Callable[[], T]) -> T:
+    """What ``function()`` returns on rank 0, on every rank.
+
+    For what only rank 0 can see, such as files. An `InputError` on rank 0 is raised on every rank alike, so
+    that nobody waits for a rank that has given up. The result travels pickled: keep it small.
+    """
+    value: T | None = None
+    error: InputError | None = None
+    if comm.rank == 0:
+        try:
+            value = function()
+        except InputError as bad_input:
+            error = bad_input
+    value, error = comm.bcast((value, error), root=0)
+    if error is not None:
+        raise error
+    return value
