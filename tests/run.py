@@ -1,0 +1,138 @@
+"""Run all tests: ``python tests/run.py [--only unit|mpi] [--ranks 1,2] [-- PYTEST_ARGUMENT ...]``.
+
+First the tests that need no MPI, then those that do on 1, 2, 3 and 4 ranks, and those marked ``algorithms``
+on 5, 7 and 8. Ends with one line of counts, and with a status other than 0 if anything failed or nothing ran.
+Needs the standard library and mpicoll.launch; run it with the Python that the tests are to use.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from mpicoll import launch
+
+ROOT = Path(__file__).resolve().parent.parent
+RANKS = (1, 2, 3, 4, 5, 7, 8)
+EVERY_TEST_UP_TO = 4  # ranks; above, only what depends on the number of ranks
+LIMIT = 600.0  # seconds for one launch: an end to what the deadlines of single tests do not catch
+DYING = 10.0  # seconds that a launcher gets to end its ranks
+SEVERITY = ("skipped", "passed", "failed")  # ranks may differ: the last of their outcomes counts
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One run of pytest: what it is called, and its command."""
+
+    name: str
+    command: list[str]
+
+
+def launches(only: str | None, ranks: Sequence[int], extra: Sequence[str]) -> list[Launch]:
+    """What to run, in order."""
+    pytest = [sys.executable, "-m", "pytest", "-q"]
+    unit = Launch("tests/unit", [*pytest, *unless_given("tests/unit", extra)])
+    mpi = [mpi_launch(nranks, [*pytest, "--with-mpi"], unless_given("tests/mpi", extra)) for nranks in ranks]
+    return {None: [unit, *mpi], "unit": [unit], "mpi": mpi}[only]
+
+
+def unless_given(tests: str, extra: Sequence[str]) -> list[str]:
+    """The arguments ``extra``, after ``tests`` if they name no file or directory themselves."""
+    given = any((ROOT / argument.partition("::")[0]).exists() for argument in extra)
+    return [*extra] if given else [tests, *extra]
+
+
+def mpi_launch(nranks: int, pytest: Sequence[str], extra: Sequence[str]) -> Launch:
+    chosen = [] if nranks <= EVERY_TEST_UP_TO else ["-m", "algorithms"]
+    return Launch(f"tests/mpi on {nranks} ranks", launch.command(nranks, [*pytest, *chosen, *extra]))
+
+
+def run(job: Launch, limit: float) -> Counter[str]:
+    """Run one launch to its end and count its tests' outcomes."""
+    print(f"\n=== {job.name}: {shlex.join(job.command)}", flush=True)
+    with tempfile.NamedTemporaryFile("r", prefix="mpicoll-tests-") as record:
+        settings = {"MPICOLL_TEST_RECORD": record.name, "PY_COLORS": str(int(sys.stdout.isatty()))}
+        environment = {**launch.environment(job.command[0]), **settings}
+        status = run_limited(job.command, environment, limit)
+        counts = Counter(outcomes(record.read()).values())
+    nothing_selected = status == 5 and not counts
+    if status and not nothing_selected and not counts["failed"]:
+        print(f"=== {job.name} ended with status {status}, though no test said that it failed")
+        counts["failed"] += 1
+    return counts
+
+
+def outcomes(record: str) -> dict[str, str]:
+    """What came of each test, from the lines that all ranks wrote."""
+    found: dict[str, str] = {}
+    for line in record.splitlines():
+        outcome, test = line.split(" ", 1)
+        found[test] = max(outcome, found.get(test, outcome), key=SEVERITY.index)
+    return found
+
+
+def run_limited(command: Sequence[str], environment: dict[str, str], limit: float) -> int:
+    """The command's status; past ``limit`` seconds its whole process group is ended."""
+    process = subprocess.Popen(command, env=environment, cwd=ROOT, start_new_session=True)
+    try:
+        return process.wait(limit)
+    except subprocess.TimeoutExpired:
+        print(f"=== stopped: not done after {limit:g} s", flush=True)
+        return end(process)
+    except KeyboardInterrupt:
+        end(process)
+        raise
+
+
+def end(process: subprocess.Popen[bytes]) -> int:
+    """End a process group: politely first, so that a launcher can end ranks in groups of their own."""
+    os.killpg(process.pid, signal.SIGTERM)
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(DYING)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    return process.wait() or 1
+
+
+def summary(counts: Counter[str]) -> str:
+    """The line that a run ends with."""
+    line = f"{counts['passed']} passed, {counts['failed']} failed"
+    return f"{line}, {counts['skipped']} skipped" if counts["skipped"] else line
+
+
+def rank_list(text: str) -> list[int]:
+    return [int(part) for part in text.split(",")]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Run the tests and end with a line of counts.")
+    parser.add_argument("--only", choices=["unit", "mpi"], help="leave the other kind out")
+    parser.add_argument("--ranks", type=rank_list, default=RANKS, help="such as 1,2 (default: %(default)s)")
+    parser.add_argument("--limit", type=float, default=LIMIT, help="seconds for each launch")
+    parser.add_argument("extra", nargs="*", help="arguments for pytest, after --")
+    arguments = parser.parse_args()
+
+    total: Counter[str] = Counter()
+    table = []
+    for job in launches(arguments.only, arguments.ranks, arguments.extra):
+        start = time.monotonic()
+        counts = run(job, arguments.limit)
+        table.append(f"{job.name:24}{summary(counts)}  ({time.monotonic() - start:.0f} s)")
+        total += counts
+    print("", "=== in all", *table, summary(total), sep="\n")
+    sys.exit(1 if total["failed"] or not total["passed"] else 0)
+
+
+if __name__ == "__main__":
+    main()
