@@ -12,7 +12,8 @@ How a schedule becomes a program
 - What one rank sends another in one round is one message, unless it is large; then each segment is.
 - Receives are posted ``lookahead`` steps early, as soon as nothing else uses their memory.
 - A chunk is read where it lies: from the caller's input until it is first written, then from where it was
-  written. So nothing is copied that does not have to be.
+  written. Complete results are written where the caller wants them; a partial sum stays in the scratch slot
+  that the message came into, which is in cache. So nothing is copied that does not have to be.
 - Memory under a pending send is never written: a WAIT for the send comes first.
 """
 
@@ -92,6 +93,9 @@ class Place(NamedTuple):
 NOWHERE = Place(Buffer.INPUT, 0)
 
 
+_Key = tuple[int, int]  # a chunk and a segment
+
+
 class _Piece(NamedTuple):
     """Elements ``start`` to ``start + length`` of a chunk: its segment number ``segment``."""
 
@@ -101,7 +105,16 @@ class _Piece(NamedTuple):
     length: int
 
 
-@dataclass
+@dataclass(eq=False)
+class _Slot:
+    """Scratch memory for one message, free again when it has no users: values in it, and pending sends."""
+
+    place: Place
+    nbytes: int
+    users: int = 0
+
+
+@dataclass(eq=False)
 class _Message:
     peer: int
     outgoing: bool
@@ -109,7 +122,8 @@ class _Message:
     round: int
     pieces: list[_Piece]
     request: int = -1
-    slot: Place | None = None  # where it is staged, if it cannot be moved in one piece
+    slot: _Slot | None = None  # where it is received or packed, if not where its pieces lie
+    read_slots: list[_Slot] = field(default_factory=list)  # what an unfinished send reads
 
     @property
     def segment(self) -> int:
@@ -184,12 +198,15 @@ class _Compiler:
         inputs = Buffer.OUTPUT if self.layout.in_place else Buffer.INPUT
         self.inputs = self._places(inputs, self.schedule.inputs(self.rank), self.layout.input_at)
         self.outputs = self._places(Buffer.OUTPUT, self.schedule.outputs(self.rank), self.layout.output_at)
-        self.homes = dict(self.outputs)  # where a chunk is written; partial results get scratch memory
-        self.written: set[tuple[int, int]] = set()  # (chunk, segment)
-        self.pending: dict[tuple[int, int], list[_Message]] = defaultdict(list)  # sends that read a piece
+        self.homes = dict(self.outputs)  # where a chunk is copied to; what only passes gets scratch memory
+        self.moved: dict[_Key, tuple[Place, _Slot | None]] = {}  # where a written piece lies
+        self.pending: dict[_Key, list[tuple[_Message, Place]]] = defaultdict(
+            list
+        )  # sends, and what they read
         self.unfinished: dict[int, _Message] = {}  # sends by request
+        self.slot_sends: deque[tuple[int, _Message]] = deque()  # sends that keep slots, and their steps
         self.free_requests: list[int] = []
-        self.free_slots: dict[int, list[Place]] = defaultdict(list)
+        self.free_slots: dict[int, list[_Slot]] = defaultdict(list)
 
     def _places(self, buffer: Buffer, chunks: IntArray, at: IntArray) -> dict[int, Place]:
         offsets = at[chunks] * self.itemsize
@@ -201,6 +218,7 @@ class _Compiler:
         step_of = {id(m): number for number, step in enumerate(steps) for m in step}
         last = _last_uses(steps)
         for number, step in enumerate(steps):
+            self._finish_slot_sends(before=number - self.pipeline.lookahead)
             while unposted and step_of[id(unposted[0])] <= number + self.pipeline.lookahead:
                 message = unposted[0]
                 due = step_of[id(message)] == number
@@ -209,7 +227,7 @@ class _Compiler:
                 self._post(unposted.popleft())
             for message in step:
                 if message.outgoing:
-                    self._send(message)
+                    self._send(message, number)
             self._receive([m for m in step if not m.outgoing])
         self._copy_unmoved()
         for request in sorted(self.unfinished):
@@ -239,11 +257,10 @@ class _Compiler:
         """Whether a receive may be posted before its step: nothing still uses the memory it fills."""
         if message.reduce:
             return True
-        if last_write >= number:
-            return False
-        if all(self._place_before_write(piece) != self._home(piece) for piece in message.pieces):
-            return True  # what is still to be sent lies elsewhere
-        return last_use < number and not any(self._readers(piece) for piece in message.pieces)
+        for piece in message.pieces:
+            if self._readers(piece) or (last_use >= number and self._place(piece) == self._home(piece)):
+                return False
+        return last_write < number
 
     # -- places
 
@@ -253,12 +270,27 @@ class _Compiler:
         home = self.homes[piece.chunk]
         return Place(home.buffer, home.at + piece.start * self.itemsize)
 
-    def _place(self, piece: _Piece) -> Place:
-        """Where the piece's present value lies."""
-        if piece[:2] in self.written:
-            return self._home(piece)
-        start = self.inputs[piece.chunk]
-        return Place(start.buffer, start.at + piece.start * self.itemsize)
+    def _place(self, piece: _Piece) -> Place | None:
+        """Where the piece's present value lies; None if there is none yet."""
+        if piece[:2] in self.moved:
+            return self.moved[piece[:2]][0]
+        start = self.inputs.get(piece.chunk)
+        return start and Place(start.buffer, start.at + piece.start * self.itemsize)
+
+    def _value(self, piece: _Piece) -> Place:
+        """Where the piece's value lies, which verification has shown to be there."""
+        place = self._place(piece)
+        assert place is not None
+        return place
+
+    def _move(self, piece: _Piece, place: Place, slot: _Slot | None) -> None:
+        """The piece's value lies at ``place`` from now on."""
+        _, old = self.moved.get(piece[:2], (None, None))
+        self.moved[piece[:2]] = (place, slot)
+        if slot is not None:
+            slot.users += 1
+        if old is not None:
+            self._release(old)
 
     def _joined(self, pieces: list[_Piece], places: list[Place]) -> bool:
         """Whether the pieces lie one after the other."""
@@ -273,18 +305,21 @@ class _Compiler:
     def _take_slot(self, message: _Message) -> Place:
         nbytes = message.count * self.itemsize
         free = self.free_slots[nbytes]
-        message.slot = free.pop() if free else self._allocate(nbytes)
-        return message.slot
+        message.slot = free.pop() if free else _Slot(self._allocate(nbytes), nbytes)
+        message.slot.users = 1
+        return message.slot.place
 
-    def _release_slot(self, message: _Message) -> None:
-        if message.slot is not None:
-            self.free_slots[message.count * self.itemsize].append(message.slot)
+    def _release(self, slot: _Slot) -> None:
+        slot.users -= 1
+        if not slot.users:
+            self.free_slots[slot.nbytes].append(slot)
 
     def _in_slot(self, message: _Message) -> list[tuple[_Piece, Place]]:
         """The message's pieces with their places in its slot."""
         assert message.slot is not None
         offsets = np.cumsum([0] + [piece.length * self.itemsize for piece in message.pieces]).tolist()
-        places = [Place(message.slot.buffer, message.slot.at + offset) for offset in offsets[:-1]]
+        start = message.slot.place
+        places = [Place(start.buffer, start.at + offset) for offset in offsets[:-1]]
         return list(zip(message.pieces, places, strict=True))
 
     # -- instructions
@@ -316,41 +351,56 @@ class _Compiler:
         self._wait(message)
         del self.unfinished[message.request]
         for piece in message.pieces:
-            self.pending[piece[:2]].remove(message)
-        self._release_slot(message)
+            reads = self.pending[piece[:2]]
+            reads[:] = [(send, place) for send, place in reads if send is not message]
+        for slot in message.read_slots:
+            self._release(slot)
+
+    def _finish_slot_sends(self, before: int) -> None:
+        """Wait for the sends of steps ``before`` this one that keep slots, so that few slots go round."""
+        while self.slot_sends and self.slot_sends[0][0] < before:
+            _, message = self.slot_sends.popleft()
+            if self.unfinished.get(message.request) is message:
+                self._finish_send(message)
 
     def _readers(self, piece: _Piece) -> list[_Message]:
-        """Pending sends that read the memory which a write to the piece would change."""
-        if self._place_before_write(piece) != self._home(piece):
-            return []
-        return [m for m in self.pending[piece[:2]] if m.slot is None]
-
-    def _place_before_write(self, piece: _Piece) -> Place | None:
-        held = piece[:2] in self.written or piece.chunk in self.inputs
-        return self._place(piece) if held else None
+        """Pending sends that read the piece's home."""
+        return [send for send, place in self.pending[piece[:2]] if place == self._home(piece)]
 
     def _claim(self, piece: _Piece) -> Place:
         """The piece's home, once no pending send reads it."""
-        for message in list(self._readers(piece)):
+        for message in self._readers(piece):
             self._finish_send(message)
         return self._home(piece)
 
     def _copy(self, piece: _Piece, dst: Place, src: Place) -> None:
         self._emit(Op.COPY, piece.length * self.itemsize, dst, src)
 
-    def _send(self, message: _Message) -> None:
-        places = [self._place(piece) for piece in message.pieces]
+    def _send(self, message: _Message, number: int) -> None:
+        places = [self._value(piece) for piece in message.pieces]
         start = places[0]
-        if not self._joined(message.pieces, places):
+        if self._joined(message.pieces, places):
+            self._keep_read(message, places)
+        else:
             start = self._take_slot(message)
-            for (piece, slot), place in zip(self._in_slot(message), places, strict=True):
-                self._copy(piece, slot, place)
+            message.read_slots = [message.slot] if message.slot else []
+            for (piece, packed), place in zip(self._in_slot(message), places, strict=True):
+                self._copy(piece, packed, place)
         request = self._take_request(message)
         nbytes = message.count * self.itemsize
         self._emit(Op.SEND, nbytes, a=start, request=request, peer=message.peer)
         self.unfinished[request] = message
-        for piece in message.pieces:
-            self.pending[piece[:2]].append(message)
+        if message.read_slots:
+            self.slot_sends.append((number, message))
+
+    def _keep_read(self, message: _Message, places: list[Place]) -> None:
+        """Note what a send reads until it is finished: neither changed nor given away before."""
+        for piece, place in zip(message.pieces, places, strict=True):
+            self.pending[piece[:2]].append((message, place))
+            _, slot = self.moved.get(piece[:2], (None, None))
+            if slot is not None:
+                slot.users += 1
+                message.read_slots.append(slot)
 
     def _post(self, message: _Message) -> None:
         if message.reduce:
@@ -363,46 +413,59 @@ class _Compiler:
 
     def _receive(self, messages: list[_Message]) -> None:
         """Wait for a step's messages, then copy and reduce what they brought."""
-        terms: dict[_Piece, list[tuple[int, Place]]] = defaultdict(list)
+        terms: dict[_Piece, list[tuple[int, Place, _Slot]]] = defaultdict(list)
         for message in messages:
             self._wait(message)
         for message in messages:
-            if message.reduce:
-                for piece, slot in self._in_slot(message):
-                    terms[piece].append((message.peer, slot))
-            elif message.slot is not None:
-                for piece, slot in self._in_slot(message):
-                    self._copy(piece, self._home(piece), slot)
+            for piece, place in self._in_slot(message) if message.slot else []:
+                if message.reduce and message.slot:
+                    terms[piece].append((message.peer, place, message.slot))
+                else:
+                    self._copy(piece, self._home(piece), place)
             if not message.reduce:
-                self.written.update(piece[:2] for piece in message.pieces)
+                for piece in message.pieces:
+                    self._move(piece, self._home(piece), None)
         for piece, received in terms.items():
-            self._reduce(piece, sorted(received))
-            self.written.add(piece[:2])
-            self._scale_if_complete(piece, messages)
+            self._reduce(piece, sorted(received, key=lambda term: term[0]), messages[0].round)
         for message in messages:
-            self._release_slot(message)
+            if message.slot is not None:
+                self._release(message.slot)
 
-    def _reduce(self, piece: _Piece, received: list[tuple[int, Place]]) -> None:
+    def _reduce(self, piece: _Piece, received: list[tuple[int, Place, _Slot]], round: int) -> None:
         """Fold what came from other ranks and the own value, in ascending rank order."""
-        home, own = self._claim(piece), self._place(piece)
-        before = [place for peer, place in received if peer < self.rank]
-        after = [place for peer, place in received if peer > self.rank]
-        for place in before[1:]:
-            self._emit(Op.REDUCE, piece.length, before[0], before[0], place)
-        for place in before[:1] + after:
-            self._emit(Op.REDUCE, piece.length, home, own, place)
-            own = home
+        own = self._value(piece)
+        lower = [place for peer, place, _ in received if peer < self.rank]
+        higher = [place for peer, place, _ in received if peer > self.rank]
+        for place in lower[1:]:
+            self._emit(Op.REDUCE, piece.length, lower[0], lower[0], place)
+        terms = lower[:1] + higher
+        if self._is_result(piece, round):
+            total, slot = self._claim(piece), None
+            self._emit(Op.REDUCE, piece.length, total, own, terms[0])
+        else:
+            # A partial sum stays where its first term came in. Exchanging the two sides changes no bit.
+            total, slot = next((place, slot) for _, place, slot in received if place == terms[0])
+            self._emit(Op.REDUCE, piece.length, total, total, own)
+        for place in terms[1:]:
+            self._emit(Op.REDUCE, piece.length, total, total, place)
+        self._move(piece, total, slot)
+        self._scale_if_complete(piece, round)
 
-    def _scale_if_complete(self, piece: _Piece, messages: list[_Message]) -> None:
+    def _is_result(self, piece: _Piece, round: int) -> bool:
+        """Whether what is reduced in this round is the rank's output."""
+        last = self.last_write[piece.chunk]
+        return piece.chunk in self.outputs and last.reduce and last.round == round
+
+    def _scale_if_complete(self, piece: _Piece, round: int) -> None:
         # The last reduction into what is an output, here or on ranks that only copy it, is the complete one.
         last = self.last_write[piece.chunk]
         wanted = piece.chunk in self.outputs or self.last_copied_out.get(piece.chunk, -1) > last.round
-        if self.average and wanted and last.reduce and last.round == messages[0].round:
-            self._emit(Op.SCALE, piece.length, self._home(piece))
+        if self.average and wanted and last.reduce and last.round == round:
+            self._emit(Op.SCALE, piece.length, self._value(piece))
 
     def _copy_unmoved(self) -> None:
         """Outputs that no message brought are the rank's own inputs."""
         for chunk in self.outputs:
             piece = _Piece(chunk, 0, 0, int(self.layout.counts[chunk]))
-            if chunk not in self.last_write and piece.length and self._place(piece) != self._home(piece):
-                self._copy(piece, self._home(piece), self._place(piece))
+            if chunk not in self.last_write and piece.length and self._value(piece) != self._home(piece):
+                self._copy(piece, self._home(piece), self._value(piece))

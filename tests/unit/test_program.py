@@ -320,8 +320,8 @@ def is_caught(collective: str, name: str) -> str:
 ORIGINAL = {name: getattr(compiler._Compiler, name) for name in ("_reduce", "_allocate", "_steps", "_emit")}
 
 
-def fold_descending(self: Any, piece: Any, received: list[Any]) -> None:
-    ORIGINAL["_reduce"](self, piece, received[::-1])
+def fold_descending(self: Any, piece: Any, received: list[Any], round: int) -> None:
+    ORIGINAL["_reduce"](self, piece, received[::-1], round)
 
 
 def half_as_much(self: Any, nbytes: int) -> Any:
@@ -344,7 +344,7 @@ FAULTS = [
     ("_may_post", lambda *args: True, "allreduce", "ring", "it"),
     ("_may_post", lambda *args: True, "allreduce", "rabenseifner", "it"),
     ("_reduce", fold_descending, "allreduce", "direct", "not equal"),
-    ("_allocate", half_as_much, "reduce", "binomial", ""),
+    ("_allocate", half_as_much, "gather", "binomial", ""),
     ("_steps", odd_ranks_backwards, "allgather", "ring", ""),
     ("_emit", no_waits, "broadcast", "binomial", "request"),
     ("_scale_if_complete", lambda *args: None, "allreduce", "double_tree", "not equal"),
