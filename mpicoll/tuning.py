@@ -12,6 +12,8 @@ from collections.abc import Callable
 from mpicoll.transports.program import Pipeline
 
 KIB = 1024
+MIB = 1024 * KIB
+SEQUENTIAL = 1 << 30  # stride: one segment goes through all rounds before the next, and stays in cache
 
 
 def choose(collective: str, nranks: int, nbytes: int) -> str:
@@ -20,7 +22,10 @@ def choose(collective: str, nranks: int, nbytes: int) -> str:
 
 
 def _allreduce(nranks: int, nbytes: int) -> str:
-    return "recursive_doubling" if nbytes < 16 * KIB else "ring"
+    if nbytes <= (256 if nranks == 2 else 128 if nranks == 3 else 64) * KIB:
+        return "recursive_doubling"
+    power_of_two = nranks & (nranks - 1) == 0  # other rank counts pay for folding
+    return "rabenseifner" if power_of_two and nranks > 2 and nbytes < 256 * KIB * nranks else "ring"
 
 
 def _reduce_scatter(nranks: int, nbytes: int) -> str:
@@ -61,6 +66,13 @@ _CHOICES: dict[str, Callable[[int, int], str]] = {
 }
 
 
-def pipeline(collective: str, nranks: int, nbytes: int) -> Pipeline:
-    """How a program for ``nbytes`` bytes is cut into segments."""
-    return Pipeline(segment=256 * KIB, lookahead=2, stride=1)
+def pipeline(nranks: int, nbytes: int) -> Pipeline:
+    """How a program for ``nbytes`` bytes is cut into segments.
+
+    Each message costs a handshake, which favours large segments; what was received should still be in the
+    second-level cache when it is reduced, which favours small ones. With two ranks handshakes weigh
+    more, until nothing fits into any cache.
+    """
+    if nranks == 2 and nbytes <= 16 * MIB:
+        return Pipeline(segment=4 * MIB, lookahead=2)
+    return Pipeline(segment=384 * KIB, lookahead=1, stride=SEQUENTIAL)

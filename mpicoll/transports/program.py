@@ -22,11 +22,12 @@ from __future__ import annotations
 from collections import defaultdict, deque
 from dataclasses import dataclass, field
 from enum import IntEnum
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
 
-from mpicoll.schedule import CACHE_LINE, IntArray, Schedule
+from mpicoll.schedule import CACHE_LINE, IntArray, Schedule, chunk_bounds
 
 
 class Op(IntEnum):
@@ -156,14 +157,21 @@ def _messages(schedule: Schedule, rank: int, layout: Layout, segment: int) -> li
                 continue
             outgoing = src == rank
             end = (dst if outgoing else src, outgoing, op == "reduce")
-            for number, start in enumerate(range(0, max(1, counts[chunk]), segment)):
-                piece = _Piece(chunk, number, start, min(segment, counts[chunk] - start))
+            for piece in _pieces(chunk, counts[chunk], segment):
                 if join and end in joined:
                     joined[end].pieces.append(piece)
                 else:
                     joined[end] = _Message(*end, k, [piece])
                     messages.append(joined[end])
     return messages
+
+
+def _pieces(chunk: int, count: int, segment: int) -> list[_Piece]:
+    """The chunk in segments of at most ``segment`` elements, as even as can be."""
+    if count <= segment:
+        return [_Piece(chunk, 0, 0, count)]
+    bounds = chunk_bounds(count, -(-count // segment)).tolist()
+    return [_Piece(chunk, number, a, b - a) for number, (a, b) in enumerate(pairwise(bounds))]
 
 
 def _last_uses(steps: list[list[_Message]]) -> dict[int, tuple[int, int]]:
