@@ -8,6 +8,7 @@ anything on the host with the buffer protocol or DLPack: NumPy (also float16 and
 
 from __future__ import annotations
 
+import operator
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -77,18 +78,19 @@ def host_data(obj: Any, argument: str, writable: bool) -> Data:
         )
     if writable and not flags.writeable:
         raise ValueError(f"{argument}: expected memory that may be written, got a read-only buffer")
-    return Data(array, array.ctypes.data if array.size == 0 else MPI.Get_address(_bytes_of(array)))
-
-
-def _bytes_of(array: np.ndarray[Any, Any]) -> Any:
-    # NumPy cannot export bfloat16 through the buffer protocol; bytes it can.
-    return array.view(np.uint16) if array.dtype == BFLOAT16 else array
+    if array.dtype.hasobject:
+        raise TypeError(f"{argument}: expected numbers or bytes, got an array of Python objects")
+    # Get_address is faster, but needs the buffer protocol, which knows no bfloat16 and no dates.
+    exported = array.size and array.dtype.kind not in "VmM"
+    return Data(array, MPI.Get_address(array) if exported else array.ctypes.data)
 
 
 def _as_array(obj: Any, argument: str) -> np.ndarray[Any, Any]:
     """``obj``'s own memory as an array, whatever library it comes from."""
     if isinstance(obj, np.ndarray):
         return obj.view(np.ndarray)
+    if obj is MPI.IN_PLACE:
+        raise ValueError(f"{argument}: expected data, got IN_PLACE, which is not allowed here")
     if _on_device(obj):
         raise TypeError(
             f"{argument}: expected host memory, got {type(obj).__name__} on a device; copy it to the host"
@@ -174,13 +176,11 @@ def _base(data: Any, datatype: MPI.Datatype | None, argument: str, writable: boo
         dtype, size, extent = _element(datatype)
     elif memory is not None:
         dtype = memory.array.dtype
-        if dtype.hasobject:
-            raise TypeError(f"{argument}: expected numbers or bytes, got an array of Python objects")
         size = extent = dtype.itemsize
     else:
         dtype, size, extent = BYTES, 1, 1
     address = memory.address if memory is not None else 0
-    available = memory.array.nbytes if memory is not None else (sys.maxsize if data is MPI.BOTTOM else 0)
+    available = memory.array.nbytes if memory is not None else 0
     return Message(argument, memory, address, 0, dtype, datatype, size, extent), available
 
 
@@ -191,38 +191,64 @@ def parse(spec: Any, argument: str, writable: bool = False, blocks: int = 1) -> 
     """
     data, count, displacement, datatype = _split(spec, argument)
     if isinstance(count, (list, tuple)):
+        if len(count) != 2:
+            raise ValueError(f"{argument}: expected a count or (count, displacement), got {count}")
         count, displacement = count
+    count, displacement = _whole_number(count, argument), _whole_number(displacement, argument) or 0
     base, available = _base(data, datatype, argument, writable)
-    address = base.address + int(displacement or 0) * base.extent
-    available -= address - base.address
+    address = base.address + displacement * base.extent
     if count is None:
-        count = _whole_count(base, available, blocks)
-    elif count < 0 or (displacement or 0) < 0:
-        raise ValueError(f"{argument}: expected a count and displacement of 0 or more, got {spec[1:]}")
-    else:
-        _check_room(base, int(count) * blocks, available)
-    return replace(base, address=address, count=int(count))
+        count = _whole_count(base, available, displacement, blocks)
+    elif data is not MPI.BOTTOM:
+        _check_room(base, displacement + count * blocks, available)
+    return replace(base, address=address, count=count)
 
 
-def _whole_count(base: Message, available: int, blocks: int) -> int:
-    count, rest = divmod(available, base.extent * blocks) if base.extent else (0, 0)
+def _whole_number(value: Any, argument: str) -> int | None:
+    """A count or displacement; None stays None."""
+    if value is None:
+        return None
+    try:
+        number = operator.index(value)
+    except TypeError:
+        raise TypeError(f"{argument}: expected whole numbers as counts, got {value!r}") from None
+    if number < 0:
+        raise ValueError(f"{argument}: expected a count and displacement of 0 or more, got {number}")
+    return number
+
+
+def _whole_count(base: Message, available: int, displacement: int, blocks: int) -> int:
+    left = available - displacement * base.extent
+    if left < 0:
+        _check_room(base, displacement, available)
+    count, rest = divmod(left, base.extent * blocks) if base.extent > 0 else (0, 0)
     if rest:
         unit = (
             f"{blocks} equal blocks of {base.type_name}"
             if blocks > 1
             else f"whole elements of {base.type_name}"
         )
-        raise ValueError(f"{base.argument}: expected {unit}, got {available} bytes")
+        raise ValueError(f"{base.argument}: expected {unit}, got {left} bytes")
     return count
 
 
 def _check_room(base: Message, count: int, available: int) -> None:
-    needed = (count - 1) * base.extent + max(base.size, 1) if count and base.size else 0
+    needed = _room(base, count)
     if needed > available:
         raise ValueError(
             f"{base.argument}: expected room for {count} elements of {base.type_name} ({needed} bytes), "
-            f"got {max(0, available)} bytes"
+            f"got {available} bytes"
         )
+
+
+def _room(base: Message, count: int) -> int:
+    """The bytes from the first to the end of the last of ``count`` elements."""
+    if not count or not base.size:
+        return 0
+    if base.plain:
+        return count * base.extent
+    lower, extent = base.datatype.Get_true_extent()  # type: ignore[union-attr]
+    return (count - 1) * base.extent + lower + extent
 
 
 def parse_blocks(spec: Any, argument: str, nranks: int, writable: bool = False) -> Blocks:
@@ -232,40 +258,47 @@ def parse_blocks(spec: Any, argument: str, nranks: int, writable: bool = False) 
     are not given put blocks one after the other. Raises TypeError or ValueError naming ``argument``.
     """
     data, counts, displacements, datatype = _split(spec, argument)
-    if displacements is None and isinstance(counts, (list, tuple)) and _is_pair_of_lists(counts):
+    if displacements is None and isinstance(counts, (list, tuple)) and _is_pair(counts):
         counts, displacements = counts
     base, available = _base(data, datatype, argument, writable)
     if counts is None:
-        share, rest = divmod(available // base.extent, nranks)
+        share, rest = divmod(_whole_count(base, available, 0, 1), nranks)
         counts = [share + (rank < rest) for rank in range(nranks)]
     counts = _per_rank(counts, argument, "counts", nranks)
     if displacements is None:
         displacements = np.cumsum([0, *counts[:-1]])
+    elif isinstance(displacements, (int, np.integer)):  # how far apart blocks begin
+        displacements = np.arange(nranks) * displacements
     displacements = _per_rank(displacements, argument, "displacements", nranks)
     end = max((d + c for c, d in zip(counts, displacements, strict=True) if c), default=0)
-    _check_room(base, end, available)
+    if data is not MPI.BOTTOM:
+        _check_room(base, end, available)
     return Blocks(base, counts, displacements)
 
 
-def _is_pair_of_lists(counts: Sequence[Any]) -> bool:
-    return len(counts) == 2 and not isinstance(counts[0], (int, np.integer))
+def _is_pair(counts: Sequence[Any]) -> bool:
+    """Whether this is (counts, displacements), as a tuple always is, and not counts for two ranks."""
+    return len(counts) == 2 and (isinstance(counts, tuple) or not isinstance(counts[0], (int, np.integer)))
 
 
 def _per_rank(values: Any, argument: str, what: str, nranks: int) -> list[int]:
-    numbers = [int(values)] * nranks if isinstance(values, (int, np.integer)) else [int(v) for v in values]
-    if len(numbers) != nranks or min(numbers, default=0) < 0:
-        raise ValueError(
-            f"{argument}: expected {nranks} {what} of 0 or more, one for each rank, got {numbers}"
-        )
-    return numbers
+    listed = [values] * nranks if isinstance(values, (int, np.integer)) else list(values)
+    numbers = [_whole_number(value, argument) for value in listed]
+    if len(numbers) != nranks or None in numbers:
+        raise ValueError(f"{argument}: expected {nranks} {what}, one for each rank, got {numbers}")
+    return numbers  # type: ignore[return-value]
 
 
-def check_same_type(send: Message, recv: Message) -> None:
-    """Raise TypeError where two messages of one call cannot hold the same elements."""
+def check_same_type(send: Message, recv: Message, arithmetic: bool = False) -> None:
+    """Raise TypeError where two messages of one call cannot hold the same elements.
+
+    Raw bytes hold any elements, but are none that can be added to them (``arithmetic``).
+    """
     if send.dtype is None or recv.dtype is None or send.dtype == recv.dtype:
         return
-    if any(dtype.itemsize == 1 and dtype.kind in "uSV" for dtype in (send.dtype, recv.dtype)):
-        return  # raw bytes hold anything
+    raw = any(dtype.itemsize == 1 and dtype.kind in "uSV" for dtype in (send.dtype, recv.dtype))
+    if raw and not arithmetic:
+        return
     raise TypeError(
         f"{recv.argument}: expected elements of {send.type_name} as in {send.argument}, got {recv.type_name}"
     )

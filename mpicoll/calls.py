@@ -8,8 +8,10 @@ in a reduction.
 from __future__ import annotations
 
 import ctypes
+import threading
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -45,38 +47,38 @@ _OPERATION_NAMES = {MPI._handleof(getattr(MPI, name)): name for name in OPERATIO
 
 
 class _Plans:
-    """Plans that no call uses at the moment, by what they were made for."""
+    """Plans that no call uses at the moment, by what they were made for; the progress thread returns some."""
 
     def __init__(self) -> None:
         self._free: OrderedDict[Any, list[MessagePlan]] = OrderedDict()
         self._count = 0
         self._scratch = 0
+        self._turn = threading.Lock()
 
     def take(self, key: Any) -> MessagePlan | None:
-        plans = self._free.get(key)
-        if not plans:
-            return None
-        self._free.move_to_end(key)
-        plan = plans.pop()
+        with self._turn:
+            plans = self._free.get(key)
+            if not plans:
+                return None
+            self._free.move_to_end(key)
+            return self._removed(plans.pop())
+
+    def put(self, key: Any, plan: MessagePlan) -> None:
+        with self._turn:
+            self._free.setdefault(key, []).append(plan)
+            self._count += 1
+            self._scratch += plan.scratch
+            while self._count > MAX_PLANS or (self._scratch > MAX_SCRATCH and self._count > 1):
+                oldest, plans = next(iter(self._free.items()))
+                if plans:
+                    self._removed(plans.pop(0))
+                if not plans:
+                    del self._free[oldest]
+
+    def _removed(self, plan: MessagePlan) -> MessagePlan:
         self._count -= 1
         self._scratch -= plan.scratch
         return plan
-
-    def put(self, key: Any, plan: MessagePlan) -> None:
-        self._free.setdefault(key, []).append(plan)
-        self._count += 1
-        self._scratch += plan.scratch
-        while self._count > MAX_PLANS or (self._scratch > MAX_SCRATCH and self._count > 1):
-            oldest, plans = next(iter(self._free.items()))
-            if plans:
-                self.take_oldest(oldest)
-            if not self._free[oldest]:
-                del self._free[oldest]
-
-    def take_oldest(self, key: Any) -> None:
-        plan = self._free[key].pop(0)
-        self._count -= 1
-        self._scratch -= plan.scratch
 
 
 class CallMaker:
@@ -164,21 +166,25 @@ class CallMaker:
     ) -> Call | None:
         in_place = sendbuf is MPI.IN_PLACE
         recv = parse(recvbuf, "recvbuf", writable=True, blocks=self._nranks if equal and in_place else 1)
-        send = recv if in_place else parse(sendbuf, "sendbuf")
+        send = recv if in_place else parse(sendbuf, "sendbuf", blocks=self._nranks if equal else 1)
         operation = _reduction(send, recv, op)
         if operation is None:
             return None
         if equal:
             recvcounts = [recv.count] * self._nranks
         elif recvcounts is None:
+            if in_place:
+                raise ValueError("recvcounts: expected a count for each rank with IN_PLACE, got None")
             recvcounts = self._private.allgather(recv.count)
         counts = [int(count) for count in recvcounts]
         if len(counts) != self._nranks or min(counts) < 0:
             raise ValueError(f"recvcounts: expected {self._nranks} counts of 0 or more, got {counts}")
-        if not in_place:
+        if equal:
+            _check_count(recv, send.count, f"as in each of the {self._nranks} blocks of sendbuf")
+        elif not in_place:
             _check_count(send, sum(counts), "the sum of all ranks' receive counts")
             _check_count(recv, counts[self._rank], f"recvcounts[{self._rank}]")
-        elif not equal:
+        else:
             _check_count(recv, sum(counts), "the sum of recvcounts, being both input and output")
         name = self._choose("reduce_scatter", algorithm, sum(counts) * recv.size)
         return self._reduction_call("reduce_scatter", name, operation, send, recv, tuple(counts))
@@ -434,7 +440,7 @@ class CallMaker:
         self, schedule: Schedule, layout: Layout, itemsize: int = 1, kernel: int = 0, scale: int = 0
     ) -> MessagePlan:
         nbytes = int(layout.counts.sum()) * itemsize
-        pipeline = tuning.pipeline(schedule.collective, self._nranks, nbytes)
+        pipeline = tuning.pipeline(self._nranks, nbytes)
         program = compile_program(schedule, self._rank, layout, itemsize, pipeline, average=bool(scale))
         return MessagePlan(program, self._private, self._spins, kernel, scale)
 
@@ -454,6 +460,8 @@ class CallMaker:
         return algorithm
 
     def _check_root(self, root: int) -> None:
+        if not isinstance(root, (int, np.integer)):
+            raise TypeError(f"root: expected a rank from 0 to {self._nranks - 1}, got {root!r}")
         if not 0 <= root < self._nranks:
             raise ValueError(f"root: expected a rank from 0 to {self._nranks - 1}, got {root}")
 
@@ -467,12 +475,14 @@ class CallMaker:
 
 def _reduction(send: Message, recv: Message, op: Operation) -> str | None:
     """The operation's name, None if MPI must do it; TypeError if the dtype cannot do it."""
-    check_same_type(send, recv)
+    check_same_type(send, recv, arithmetic=True)
     dtype = send.dtype
     if isinstance(op, Average):
         if dtype is None or not kernels.supports("SUM", dtype) or dtype.kind in "iu":
             raise TypeError(f"op: AVG is defined for floating and complex dtypes, got {send.type_name}")
         return "AVG"
+    if not isinstance(op, MPI.Op):
+        raise TypeError(f"op: expected an MPI operation such as MPI.SUM, or mpicoll.AVG; got {op!r}")
     name = _OPERATION_NAMES.get(MPI._handleof(op))
     if name is None or dtype is None or dtype not in kernels.DTYPES:
         return None
@@ -552,28 +562,35 @@ def _then(first: Any, second: Any) -> Any:
     return both
 
 
-def _elements(blocks: Blocks, block: int) -> list[Any]:
-    """One block as mpi4py's [memory, count, datatype]."""
-    message, count = blocks.message, blocks.counts[block]
+@contextmanager
+def _as_one_element(blocks: Blocks, origin: np.ndarray[Any, Any]) -> Iterator[MPI.Datatype]:
+    """A datatype of which all blocks are one element, placed as seen from ``origin``; its extent is a byte.
+
+    So the memory that MPI's Pack and Unpack are given may begin anywhere, which serves ``MPI.BOTTOM``, too.
+    """
+    message = blocks.message
     assert message.datatype is not None
-    address = message.address + blocks.displacements[block] * message.extent
-    lower, extent = message.datatype.Get_true_extent()
-    nbytes = max(0, count - 1) * message.extent + lower + extent
-    return [MPI.memory.fromaddress(address, nbytes if count else 0), count, message.datatype]
+    start = message.address - origin.ctypes.data
+    at = [start + displacement * message.extent for displacement in blocks.displacements]
+    indexed = message.datatype.Create_hindexed(blocks.counts, at)
+    whole = indexed.Create_resized(0, 1).Commit()
+    indexed.Free()
+    try:
+        yield whole
+    finally:
+        whole.Free()
 
 
 def _pack(blocks: Blocks, packed: np.ndarray[Any, Any]) -> None:
-    position = 0
-    for block in range(len(blocks.counts)):
-        elements = _elements(blocks, block)
-        position = elements[2].Pack(elements, packed, position, MPI.COMM_SELF)
+    if packed.size:
+        with _as_one_element(blocks, packed) as whole:
+            whole.Pack(packed[:1], packed, 0, MPI.COMM_SELF)
 
 
 def _unpack(blocks: Blocks, packed: np.ndarray[Any, Any]) -> None:
-    position = 0
-    for block in range(len(blocks.counts)):
-        elements = _elements(blocks, block)
-        position = elements[2].Unpack(packed, position, elements, MPI.COMM_SELF)
+    if packed.size:
+        with _as_one_element(blocks, packed) as whole:
+            whole.Unpack(packed, 0, packed[:1], MPI.COMM_SELF)
 
 
 def _stage_input(call: Call, nbytes: int) -> None:

@@ -23,10 +23,10 @@ _PERSISTENT_TAGS = range(16_384, 32_768)  # MPI promises tags up to 32767
 _Prepare = Callable[..., Call | None]
 
 
-def _blocking(prepare: _Prepare, native: Callable[..., None]) -> Any:
+def _blocking(prepare: _Prepare, native: Callable[..., None], remembered: bool = True) -> Any:
     @wraps(prepare)
     def method(self: Communicator, /, *args: Any, **kwargs: Any) -> None:
-        key = signature(prepare, args, kwargs)
+        key = signature(prepare, args, kwargs) if remembered else None
         if key is not None and self._repeated.run(key, args, self._next_tag):
             return
         call = prepare(self._maker, *args, **kwargs)
@@ -187,7 +187,8 @@ class Communicator(MPI.Intracomm):
     Allreduce = _blocking(CallMaker.allreduce, MPI.Intracomm.Allreduce)
     Reduce = _blocking(CallMaker.reduce, MPI.Intracomm.Reduce)
     Reduce_scatter_block = _blocking(CallMaker.reduce_scatter_block, MPI.Intracomm.Reduce_scatter_block)
-    Reduce_scatter = _blocking(CallMaker.reduce_scatter, MPI.Intracomm.Reduce_scatter)
+    # The counts may come from other ranks' buffers, which may change where our own do not.
+    Reduce_scatter = _blocking(CallMaker.reduce_scatter, MPI.Intracomm.Reduce_scatter, remembered=False)
     Bcast = _blocking(CallMaker.bcast, MPI.Intracomm.Bcast)
     Gather = _blocking(CallMaker.gather, MPI.Intracomm.Gather)
     Gatherv = _blocking(CallMaker.gatherv, MPI.Intracomm.Gatherv)

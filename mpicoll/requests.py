@@ -151,10 +151,15 @@ class Request(MPI.Grequest):
 
     def _progress(self) -> bool:
         """A slice of work by the progress thread; whether that thread is done with the request."""
-        with self._turn:
+        # Never block here: whoever holds the lock may wait for long, and other calls must go on meanwhile.
+        if not self._turn.acquire(blocking=False):
+            return self._adopted
+        try:
             if not self._adopted:
                 self._advance(SLICE)
             return self._complete or self._adopted
+        finally:
+            self._turn.release()
 
     def _raise_error(self) -> None:
         if self._error is not None:
@@ -173,10 +178,14 @@ class Request(MPI.Grequest):
 
     def Test(self, status: MPI.Status | None = None) -> bool:
         """Whether the collective is complete; goes on with it if not. Raises what went wrong in it."""
-        if self._turn.acquire(blocking=False):
+        if not self._turn.acquire(blocking=False):
+            return False  # the progress thread is at it, and MPI may not know yet what it has done
+        try:
             self._advance(BRIEF)
+            complete = self._complete
+        finally:
             self._turn.release()
-        if not self._complete:
+        if not complete:
             return False
         super().Test(status)
         self._raise_error()
