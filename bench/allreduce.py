@@ -1,6 +1,6 @@
 """Allreduce through messages beside the MPI library's own, in one run.
 
-    mpirun -np 2 python -m mpicoll.bench.allreduce --json bench/results/allreduce.json
+    python -m mpicoll.launch -np 2 python -m mpicoll.bench.allreduce --json allreduce.json
 
 For each size the contenders take turns: some calls of one, then of the next, several times over. A
 contender's time is the median over the turns of the slowest rank's mean time per call. Every result is
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import platform
+import shlex
 import sys
 import time
 from collections.abc import Callable
@@ -27,6 +28,14 @@ from rich.table import Table
 from mpicoll import Communicator
 from mpicoll.sizes import format_size, parse_size
 
+LAUNCH = ("python", "-m", "mpicoll.launch", "-np")
+PROGRAM = ("python", "-m", "mpicoll.bench.allreduce")
+THREAD_LEVELS = {
+    MPI.THREAD_SINGLE: "single",
+    MPI.THREAD_FUNNELED: "funneled",
+    MPI.THREAD_SERIALIZED: "serialized",
+    MPI.THREAD_MULTIPLE: "multiple",
+}
 TURN = 0.02  # seconds each contender gets in a turn
 
 
@@ -37,9 +46,15 @@ def contenders(
     native = MPI.Intracomm(comm)
     functions: dict[str, Callable[[], None]] = {"native": lambda: native.Allreduce(send, recv)}
     for name in algorithms:
-        functions[name] = lambda name=name: comm.Allreduce(send, recv, algorithm=name)  # type: ignore[misc]
+        functions[name] = _one_shot(comm, send, recv, name)
         functions[f"{name} persistent"] = _persistent(comm, send, recv, name)
     return functions
+
+
+def _one_shot(comm: Communicator, send: Any, recv: Any, algorithm: str) -> Callable[[], None]:
+    if algorithm == "auto":
+        return lambda: comm.Allreduce(send, recv)  # as users write it
+    return lambda: comm.Allreduce(send, recv, algorithm=algorithm)
 
 
 def _persistent(comm: Communicator, send: Any, recv: Any, algorithm: str) -> Callable[[], None]:
@@ -115,12 +130,12 @@ def describe(comm: Communicator) -> dict[str, Any]:
         if "model name" in line
     ]
     return {
-        "command": " ".join(["python -m mpicoll.bench.allreduce", *sys.argv[1:]]),
+        "command": shlex.join([*LAUNCH, str(comm.size), *PROGRAM, *sys.argv[1:]]),
         "date": date.today().isoformat(),
         "ranks": comm.size,
         "cpu": f"{len(cpu)} × {cpu[0]}" if cpu else platform.processor(),
         "mpi": MPI.Get_library_version().split("\n")[0].split(",")[0],
-        "thread_level": MPI.Query_thread(),
+        "thread_level": THREAD_LEVELS[MPI.Query_thread()],
         "dtype": "float32",
     }
 

@@ -14,8 +14,8 @@ from mpicoll.repeated import RepeatedCalls, signature
 from mpicoll.requests import Call, PersistentCall, Request
 from mpicoll.transports.messages import choose_spins
 
-_ONE_SHOT_TAGS = range(16_384)
-_PERSISTENT_TAGS = range(16_384, 32_768)  # MPI promises tags up to 32767
+ONE_SHOT_TAGS = 16_384  # they count from 0, and begin anew long after a call with the same tag has ended
+PERSISTENT_TAGS = range(16_384, 32_768)  # MPI promises tags up to 32767
 
 # Each collective is prepared by one method of `CallMaker`, which has mpi4py's signature, and completed in
 # three ways. Where it prepares nothing, MPI does it all. The methods made here are typed as Any, for mpi4py's
@@ -26,15 +26,16 @@ _Prepare = Callable[..., Call | None]
 def _blocking(prepare: _Prepare, native: Callable[..., None], remembered: bool = True) -> Any:
     @wraps(prepare)
     def method(self: Communicator, /, *args: Any, **kwargs: Any) -> None:
-        key = signature(prepare, args, kwargs) if remembered else None
-        if key is not None and self._repeated.run(key, args, self._next_tag):
+        self._tag = tag = (self._tag + 1) % ONE_SHOT_TAGS
+        key = signature(prepare, args, kwargs)
+        if self._repeated.run(key, args, tag):
             return
         call = prepare(self._maker, *args, **kwargs)
         if call is None:
             native(self, *args, **_without_algorithm(kwargs))
             return
-        call.run(self._next_tag())
-        if key is None or not self._repeated.remember(key, call, args):
+        call.run(tag)
+        if not (remembered and self._repeated.remember(key, call, args)):
             self._maker.release(call)
 
     return method
@@ -48,10 +49,11 @@ def _nonblocking(prepare: _Prepare, native: Callable[..., MPI.Request]) -> Any:
                 "nonblocking collectives need MPI_THREAD_MULTIPLE for their progress thread; remove "
                 "MPI4PY_RC_THREAD_LEVEL and mpi4py.rc.thread_level, or use the blocking or persistent form"
             )
+        self._tag = tag = (self._tag + 1) % ONE_SHOT_TAGS
         call = prepare(self._maker, *args, **kwargs)
         if call is None:
             return native(self, *args, **_without_algorithm(kwargs))
-        return Request(call, self._next_tag(), partial(self._maker.release, call))
+        return Request(call, tag, partial(self._maker.release, call))
 
     return method
 
@@ -69,7 +71,8 @@ def _persistent(prepare: _Prepare) -> Any:
                 "persistent collectives take predefined operations and dtypes only; use the blocking form "
                 "for operations or datatypes of your own"
             )
-        return PersistentCall(call, self._next_persistent_tag())
+        self._persistent_tag = (self._persistent_tag + 1) % len(PERSISTENT_TAGS)
+        return PersistentCall(call, PERSISTENT_TAGS[self._persistent_tag])
 
     return method
 
@@ -175,14 +178,6 @@ class Communicator(MPI.Intracomm):
     def Create_group(self, group: MPI.Group, tag: int = 0) -> Communicator:
         """A communicator of the group's ranks; only they call it."""
         return self._adopt(MPI.Intracomm(self).Create_group(group, tag))  # type: ignore[no-any-return]
-
-    def _next_tag(self) -> int:
-        self._tag = (self._tag + 1) % len(_ONE_SHOT_TAGS)
-        return self._tag
-
-    def _next_persistent_tag(self) -> int:
-        self._persistent_tag = (self._persistent_tag + 1) % len(_PERSISTENT_TAGS)
-        return _PERSISTENT_TAGS[self._persistent_tag]
 
     Allreduce = _blocking(CallMaker.allreduce, MPI.Intracomm.Allreduce)
     Reduce = _blocking(CallMaker.reduce, MPI.Intracomm.Reduce)

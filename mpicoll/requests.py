@@ -57,12 +57,10 @@ class Call:
 
     def run(self, tag: int) -> None:
         """From start to end. Returns to Python now and then, so that signals are handled."""
-        self.plan.bind(tag, self.send, self.recv)
         if self.before is not None:
             self.before()
         try:
-            while not self.plan.advance(PATIENT):
-                pass
+            self.plan.run(tag, self.send, self.recv)
         except BaseException:
             _broken_off.append(self)
             raise

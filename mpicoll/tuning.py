@@ -15,6 +15,8 @@ KIB = 1024
 MIB = 1024 * KIB
 SEQUENTIAL = 1 << 30  # stride: one segment goes through all rounds before the next, and stays in cache
 
+FEW = 16  # ranks up to which messages to all others at once beat waiting for one neighbour after another
+
 
 def choose(collective: str, nranks: int, nbytes: int) -> str:
     """The name of the algorithm for ``nbytes`` bytes: the whole vector, or all ranks' blocks together."""
@@ -22,18 +24,24 @@ def choose(collective: str, nranks: int, nbytes: int) -> str:
 
 
 def _allreduce(nranks: int, nbytes: int) -> str:
-    if nbytes <= (256 if nranks == 2 else 128 if nranks == 3 else 64) * KIB:
+    if nbytes <= (256 if nranks == 2 else 64) * KIB:
         return "recursive_doubling"
     power_of_two = nranks & (nranks - 1) == 0  # other rank counts pay for folding
-    return "rabenseifner" if power_of_two and nranks > 2 and nbytes < 256 * KIB * nranks else "ring"
+    if power_of_two and nranks >= 8 and nbytes <= 128 * KIB * nranks:
+        return "rabenseifner"
+    return "two_shot" if 2 < nranks <= FEW else "ring"
 
 
 def _reduce_scatter(nranks: int, nbytes: int) -> str:
-    return "recursive_halving" if nbytes < 16 * KIB else "ring"
+    if nbytes < 16 * KIB:
+        return "recursive_halving"
+    return "direct" if nranks <= FEW else "ring"
 
 
 def _allgather(nranks: int, nbytes: int) -> str:
-    return "bruck" if nbytes < 16 * KIB else "ring"
+    if nbytes < 16 * KIB:
+        return "bruck"
+    return "direct" if nranks <= FEW else "ring"
 
 
 def _broadcast(nranks: int, nbytes: int) -> str:
@@ -74,5 +82,5 @@ def pipeline(nranks: int, nbytes: int) -> Pipeline:
     more, until nothing fits into any cache.
     """
     if nranks == 2 and nbytes <= 16 * MIB:
-        return Pipeline(segment=4 * MIB, lookahead=2)
-    return Pipeline(segment=384 * KIB, lookahead=1, stride=SEQUENTIAL)
+        return Pipeline(segment=8 * MIB, lookahead=1)
+    return Pipeline(segment=256 * KIB, lookahead=1, stride=SEQUENTIAL)

@@ -18,6 +18,7 @@ ALGORITHMS: dict[str, dict[str, Callable[..., Schedule]]] = {
         "rabenseifner": halving.rabenseifner_allreduce,
         "double_tree": double_tree.double_tree_allreduce,
         "direct": direct.direct_allreduce,
+        "two_shot": direct.two_shot_allreduce,
     },
     "reduce_scatter": {
         "ring": ring.ring_reduce_scatter,

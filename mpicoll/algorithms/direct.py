@@ -13,11 +13,18 @@ Worked example, 3 ranks: allreduce of the parts a, b, c, and reduce-scatter of t
     round 0  sends          a1 -> 1, a2 -> 2       b0 -> 0, b2 -> 2       c0 -> 0, c1 -> 1
              then holds     (a0+b0)+c0             (a1+b1)+c1             (a2+b2)+c2
 
+"Two shot" allreduce is this reduce-scatter and then the direct allgather: the volume of the ring, in two
+rounds. The allreduce above, "one shot", sends everything to everybody.
+
+    allgather
+    round 1  sends          0* -> 1, 2             1* -> 0, 2             2* -> 0, 1
+             then holds     0* 1* 2*               0* 1* 2*               0* 1* 2*
+
 Cost for n bytes (all chunks together), p ranks, in latency α, time per byte β and per byte reduced γ, one
-message after the other: allreduce (p-1)(α + nβ + nγ); reduce-scatter (p-1)α + n(p-1)/p (β + γ); allgather,
-gather and scatter (p-1)α + n(p-1)/p β; broadcast (p-1)(α + nβ); reduce (p-1)(α + nβ + nγ). In shared
-memory, where all can read one rank's data at once and nothing waits for a second round, it is the least
-latency there is.
+message after the other: allreduce (p-1)(α + nβ + nγ), in two shots 2(p-1)α + 2n(p-1)/p β + n(p-1)/p γ;
+reduce-scatter (p-1)α + n(p-1)/p (β + γ); allgather, gather and scatter (p-1)α + n(p-1)/p β; broadcast
+(p-1)(α + nβ); reduce (p-1)(α + nβ + nγ). The formulas leave out what it is for: a rank waits for others once
+(in two shots twice), not p - 1 times, and a wait is dear where ranks share cores.
 
 Source: the "linear" algorithms of every MPI library; for allreduce "symmetric" in DeepSpeed's shared memory
 path.
@@ -25,7 +32,7 @@ path.
 
 import numpy as np
 
-from mpicoll.schedule import COPY, REDUCE, IntArray, Round, Schedule, check_shape
+from mpicoll.schedule import COPY, REDUCE, IntArray, Round, Schedule, check_shape, in_sequence
 
 
 def direct_allreduce(nranks: int) -> Schedule:
@@ -33,6 +40,11 @@ def direct_allreduce(nranks: int) -> Schedule:
     check_shape(nranks)
     src, dst = _all_pairs(nranks)
     return _one_round("allreduce", nranks, 1, Round.of(src, dst, 0, REDUCE))
+
+
+def two_shot_allreduce(nranks: int) -> Schedule:
+    """Every rank ends with the sum of all ranks' data, the same bits, in two rounds."""
+    return in_sequence("two_shot", "allreduce", [direct_reduce_scatter(nranks), direct_allgather(nranks)])
 
 
 def direct_reduce_scatter(nranks: int) -> Schedule:
