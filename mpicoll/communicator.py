@@ -26,14 +26,18 @@ _Prepare = Callable[..., Call | None]
 def _blocking(prepare: _Prepare, native: Callable[..., None], remembered: bool = True) -> Any:
     @wraps(prepare)
     def method(self: Communicator, /, *args: Any, **kwargs: Any) -> None:
-        self._tag = tag = (self._tag + 1) % ONE_SHOT_TAGS
+        # Arguments that are refused on one rank only must not count: tags are equal on all ranks.
         key = signature(prepare, args, kwargs)
-        if self._repeated.run(key, args, tag):
+        known = self._repeated.match(key, args)
+        if known is not None:
+            self._tag = tag = (self._tag + 1) % ONE_SHOT_TAGS
+            known.run(tag)
             return
         call = prepare(self._maker, *args, **kwargs)
         if call is None:
             native(self, *args, **_without_algorithm(kwargs))
             return
+        self._tag = tag = (self._tag + 1) % ONE_SHOT_TAGS
         call.run(tag)
         if not (remembered and self._repeated.remember(key, call, args)):
             self._maker.release(call)
@@ -49,10 +53,10 @@ def _nonblocking(prepare: _Prepare, native: Callable[..., MPI.Request]) -> Any:
                 "nonblocking collectives need MPI_THREAD_MULTIPLE for their progress thread; remove "
                 "MPI4PY_RC_THREAD_LEVEL and mpi4py.rc.thread_level, or use the blocking or persistent form"
             )
-        self._tag = tag = (self._tag + 1) % ONE_SHOT_TAGS
         call = prepare(self._maker, *args, **kwargs)
         if call is None:
             return native(self, *args, **_without_algorithm(kwargs))
+        self._tag = tag = (self._tag + 1) % ONE_SHOT_TAGS
         return Request(call, tag, partial(self._maker.release, call))
 
     return method

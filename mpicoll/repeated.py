@@ -14,11 +14,12 @@ from typing import Any
 import numpy as np
 from mpi4py import MPI
 
-from mpicoll.calls import OPERATIONS
+from mpicoll.calls import OPERATIONS, Average
 from mpicoll.requests import Call
 
 MAX_REMEMBERED = 64
 
+_SIMPLE = (int, str, type(None), type(MPI.IN_PLACE), Average)
 # By identity: these objects live as long as the process, and MPI's handles cannot be hashed.
 _NAMES = {id(getattr(MPI, name)): name for name in OPERATIONS}
 # All that matters of an array but its address; the flags say whether it is contiguous and may be written.
@@ -26,14 +27,20 @@ _look = attrgetter("dtype", "size", "flags.num")
 
 
 def signature(prepare: Callable[..., Any], args: tuple[Any, ...], named: Mapping[str, Any]) -> Any:
-    """What a repeated call is recognised by: not hashable if it may not be remembered."""
-    if len(args) == 2 and type(args[0]) is type(args[1]) is np.ndarray:
-        looks: Any = (_look(args[0]), _look(args[1]))  # as below, without the loop
-    else:
-        looks = tuple([_look(x) if type(x) is np.ndarray else _NAMES.get(id(x), x) for x in args])
-    if not named:
-        return prepare, looks
-    return prepare, looks, tuple([(name, _NAMES.get(id(x), x)) for name, x in named.items()])
+    """What a repeated call is recognised by; None if it may not be remembered."""
+    if len(args) == 2 and not named and type(args[0]) is type(args[1]) is np.ndarray:
+        return prepare, _look(args[0]), _look(args[1])  # as below, without the loop
+    key: list[Any] = [prepare]
+    for arg in (*args, *named, *named.values()):
+        if type(arg) is np.ndarray:
+            key.append(_look(arg))
+        elif id(arg) in _NAMES:
+            key.append(_NAMES[id(arg)])
+        elif type(arg) in _SIMPLE:
+            key.append(arg)
+        else:
+            return None
+    return tuple(key)
 
 
 def _get_data(array: np.ndarray[Any, Any]) -> int:
@@ -44,10 +51,21 @@ def _nothing(arg: Any) -> int:
     return 0
 
 
-class _Remembered:
+class Remembered:
     """A completed call's plan, which arguments are its buffers and how to find their addresses."""
 
-    __slots__ = ("aliased", "busy", "call", "plan", "recv", "recv_address", "send", "send_address")
+    __slots__ = (
+        "aliased",
+        "busy",
+        "call",
+        "plan",
+        "recv",
+        "recv_address",
+        "recv_at",
+        "send",
+        "send_address",
+        "send_at",
+    )
 
     def __init__(self, call: Call, args: tuple[Any, ...], send: int | None, recv: int | None) -> None:
         self.call = call
@@ -56,6 +74,13 @@ class _Remembered:
         self.busy = False
         self.send, self.send_address = _source(args, send)
         self.recv, self.recv_address = _source(args, recv)
+        self.send_at = self.recv_at = 0
+
+    def run(self, tag: int) -> None:
+        """The call, on the arguments that it was matched with."""
+        self.busy = True  # and so it stays if the call is broken off, for MPI may still use the plan
+        self.plan.run(tag, self.send_at, self.recv_at)
+        self.busy = False
 
 
 def _source(args: tuple[Any, ...], index: int | None) -> tuple[int, Callable[[Any], int]]:
@@ -66,47 +91,31 @@ def _source(args: tuple[Any, ...], index: int | None) -> tuple[int, Callable[[An
     return index, MPI.Get_address if exported else _get_data
 
 
-def _is_new(key: Any, calls: Mapping[Any, _Remembered]) -> bool:
-    try:
-        return key not in calls
-    except TypeError:
-        return False
-
-
 class RepeatedCalls:
     """The calls that one communicator remembers."""
 
     def __init__(self, release: Callable[[Call], None]) -> None:
         self._release = release
-        self._calls: dict[Any, _Remembered] = {}
+        self._calls: dict[Any, Remembered] = {}
 
-    def run(self, key: Any, args: tuple[Any, ...], tag: int) -> bool:
-        """Run the remembered call on these arguments; false if there is none."""
-        try:
-            known = self._calls.get(key)
-        except TypeError:  # lists, datatypes, operations of the user's
-            return False
+    def match(self, key: Any, args: tuple[Any, ...]) -> Remembered | None:
+        """The remembered call, to be run on these arguments; None if there is none."""
+        known = self._calls.get(key)
         if known is None or known.busy:
-            return False
-        send = known.send_address(args[known.send])
-        recv = known.recv_address(args[known.recv])
-        if (send == recv) is not known.aliased:
-            return False
-        known.busy = True  # and so it stays if the call is broken off, for MPI may still use the plan
-        known.plan.run(tag, send, recv)
-        known.busy = False
-        return True
+            return None
+        known.send_at = known.send_address(args[known.send])
+        known.recv_at = known.recv_address(args[known.recv])
+        return known if (known.send_at == known.recv_at) is known.aliased else None
 
     def remember(self, key: Any, call: Call, args: tuple[Any, ...]) -> bool:
         """Keep a completed call, if its buffers are its arguments; whether it was kept."""
-        plain = args and call.before is None and call.after is None
-        if not plain or not _is_new(key, self._calls):
+        if key is None or key in self._calls or not args or call.before or call.after:
             return False
         arrays = {arg.ctypes.data: i for i, arg in enumerate(args) if type(arg) is np.ndarray and arg.size}
         if any(address and address not in arrays for address in (call.send, call.recv)):
             return False
         call.keep = ()  # the arrays are the caller's; only their likes are remembered
-        self._calls[key] = _Remembered(call, args, arrays.get(call.send), arrays.get(call.recv))
+        self._calls[key] = Remembered(call, args, arrays.get(call.send), arrays.get(call.recv))
         if len(self._calls) > MAX_REMEMBERED:
             oldest = self._calls.pop(next(iter(self._calls)))
             if not oldest.busy:

@@ -16,7 +16,7 @@ from mpi4py import MPI
 
 from mpicoll.transports.messages import BRIEF, PATIENT, MessagePlan
 
-SLICE = 200  # polls of one nonblocking call before the progress thread turns to the next
+SLICE = 20_000  # nanoseconds without progress after which the progress thread turns to the next call
 
 
 # Calls that were broken off, by Ctrl-C for one: MPI may still write into their memory, so it is never freed.
@@ -47,9 +47,9 @@ class Call:
             self.before()
         return self.advance(BRIEF)
 
-    def advance(self, polls: int = PATIENT) -> bool:
-        """Go on for up to ``polls`` polls; whether the collective is complete on this rank."""
-        if not self.plan.advance(polls):
+    def advance(self, patience: int = PATIENT) -> bool:
+        """Go on until nothing comes for ``patience`` ns; whether the collective is complete on this rank."""
+        if not self.plan.advance(patience):
             return False
         if self.after is not None:
             self.after()
@@ -133,15 +133,15 @@ class Request(MPI.Grequest):
             self._release()
         self._grequest.Complete()
 
-    def _advance(self, polls: int) -> None:
+    def _advance(self, patience: int) -> None:
         """Go on; only with ``_turn`` held."""
-        if not self._complete and self._try_advance(polls):
+        if not self._complete and self._try_advance(patience):
             self._finish()
 
-    def _try_advance(self, polls: int) -> bool:
+    def _try_advance(self, patience: int) -> bool:
         # An error belongs to whoever waits for the request, not to the thread that met it.
         try:
-            return self._call.advance(polls)
+            return self._call.advance(patience)
         except Exception as error:
             self._error = error
             _broken_off.append(self._call)

@@ -13,9 +13,7 @@ from __future__ import annotations
 
 import ctypes
 import os
-import re
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -43,17 +41,22 @@ ISEND = 14  # addresses of functions
 IRECV = 15
 TEST = 16
 YIELD = 17
-SPINS = 18  # polls before yielding the core
-FLAG = 19  # address of an int that MPI_Test writes, and the int
-STATUS = 21  # address of an MPI_Status that nobody reads, and the status
+CLOCK = 18
+SPINS = 19  # polls before yielding the core
+FLAG = 20  # address of an int that MPI_Test writes, and the int
+TIME = 22  # address of a timespec that clock_gettime writes, and the timespec
+STATUS = 25  # address of an MPI_Status that nobody reads, and the status
 STATE_SIZE = 64
 
 DONE = 0
 PENDING = -1  # any other result is an MPI error code
 
-# Polls of a message that does not come before `_advance` returns to Python.
-PATIENT = 20_000  # milliseconds: often enough for signals
-BRIEF = 1  # for calls that must not block
+# Nanoseconds to wait for a message before `_advance` returns to Python.
+PATIENT = 20_000_000  # often enough for signals
+BRIEF = 0  # one look, for calls that must not block
+
+CLOCK_MONOTONIC = 1  # of Linux
+POLLS_BETWEEN_LOOKS = 16  # at the clock, which costs as much as a few polls
 
 _WIDTH = len(COLUMNS)
 _RECV, _SEND, _WAIT, _REDUCE, _COPY = (int(op) for op in (Op.RECV, Op.SEND, Op.WAIT, Op.REDUCE, Op.COPY))
@@ -117,23 +120,41 @@ def _copy_bytes(typingctx: Any, dst: Any, src: Any, nbytes: Any) -> Any:
 
 
 @njit(nogil=True, cache=True)
-def _wait(s, request, polls):  # type: ignore[no-untyped-def]
-    """Poll one request: DONE, PENDING after ``polls`` polls, or an error code."""
+def _now(s):  # type: ignore[no-untyped-def]
+    """Nanoseconds on a clock that only goes forward."""
+    _call(s[CLOCK], (types.int32(CLOCK_MONOTONIC), s[TIME]))
+    time = _int64s(s[TIME])
+    return time[0] * 1_000_000_000 + time[1]
+
+
+@njit(nogil=True, cache=True)
+def _wait(s, request, patience):  # type: ignore[no-untyped-def]
+    """Poll one request: DONE, PENDING after ``patience`` nanoseconds, or an error code."""
     flag, status = s[FLAG], s[STATUS]
     spins = s[SPINS]
-    for poll in range(polls):
+    deadline = types.int64(0)
+    poll = 0
+    while True:
         error = _call(s[TEST], (request, flag, status))
         if error != 0:
             return types.int64(error)
         if _read_int32(flag) != 0:
             return DONE
-        if poll >= spins:
+        poll += 1
+        if poll > spins:
             _call(s[YIELD], ())
-    return PENDING
+        elif patience != BRIEF and poll % POLLS_BETWEEN_LOOKS != 0:
+            continue
+        # Counting polls is no substitute: where ranks share cores, one yield may take milliseconds.
+        now = _now(s)
+        if deadline == 0:
+            deadline = now + patience
+        if now >= deadline:
+            return PENDING
 
 
 @njit("int64(int64, int64)", nogil=True, cache=True)
-def _advance(state, polls):  # type: ignore[no-untyped-def]
+def _advance(state, patience):  # type: ignore[no-untyped-def]
     """Execute rows from PC on, until done, an error, or a message that does not come for a while."""
     s = _int64s(state)
     rows = _int64s(s[ROWS])
@@ -147,7 +168,7 @@ def _advance(state, polls):  # type: ignore[no-untyped-def]
         dst = s[BUFFERS + rows[r + 4]] + rows[r + 5]
         a = s[BUFFERS + rows[r + 6]] + rows[r + 7]
         if op == _WAIT:
-            result = _wait(s, request, polls)
+            result = _wait(s, request, patience)
         elif op == _RECV:
             ends = (types.int32(rows[r + 2]), types.int32(s[TAG]))
             result = _call(s[IRECV], (dst, types.int32(count), s[BYTE], ends[0], ends[1], s[COMM], request))
@@ -168,22 +189,14 @@ def _advance(state, polls):  # type: ignore[no-untyped-def]
     return result
 
 
-def _library_path() -> str:
-    """The file of the MPI library that mpi4py has loaded, which need not be the first on any search path."""
-    for line in Path("/proc/self/maps").read_text().splitlines():
-        path = line.split(maxsplit=5)[-1]
-        if re.match(r"lib(mpi|mpich|mpi_abi|mpi_cray)\.so", os.path.basename(path)):
-            return path
-    raise RuntimeError(
-        "mpicoll found no MPI library (libmpi*.so) in this process; expected mpi4py to load one"
-    )
-
-
 @cache
 def _functions() -> dict[int, int]:
     """Addresses of the C functions that programs call, by their state slot."""
-    mpi, libc = ctypes.CDLL(_library_path()), ctypes.CDLL(None)
-    found = {ISEND: mpi.MPI_Isend, IRECV: mpi.MPI_Irecv, TEST: mpi.MPI_Test, YIELD: libc.sched_yield}
+    # Looked up through mpi4py's extension module, they are those of the library that it is linked to,
+    # which need not be the first on any search path.
+    mpi, libc = ctypes.CDLL(MPI.__file__), ctypes.CDLL(None)
+    found = {ISEND: mpi.MPI_Isend, IRECV: mpi.MPI_Irecv, TEST: mpi.MPI_Test}
+    found |= {YIELD: libc.sched_yield, CLOCK: libc.clock_gettime}
     return {slot: ctypes.cast(f, ctypes.c_void_p).value or 0 for slot, f in found.items()}
 
 
@@ -228,7 +241,8 @@ class MessagePlan:
         for slot, address in _functions().items():
             state[slot] = address
         self._address = state.ctypes.data
-        state[FLAG], state[STATUS] = self._address + 8 * (FLAG + 1), self._address + 8 * (STATUS + 1)
+        for slot in (FLAG, TIME, STATUS):
+            state[slot] = self._address + 8 * (slot + 1)
         self._memory = memoryview(state.data)  # item assignment at a fraction of NumPy's cost
 
     def bind(self, tag: int, send: int, recv: int) -> None:
@@ -250,13 +264,13 @@ class MessagePlan:
         if result != DONE:
             raise MPI.Exception(result)
 
-    def advance(self, polls: int = PATIENT) -> bool:
+    def advance(self, patience: int = PATIENT) -> bool:
         """Go on; whether the program has ended.
 
-        Returns false when a message has not come after ``polls`` polls. Raises `MPI.Exception` if MPI
+        Returns false when a message has not come for ``patience`` nanoseconds. Raises `MPI.Exception` if MPI
         reports an error.
         """
-        result = _advance(self._address, polls)
+        result = _advance(self._address, patience)
         if result > DONE:
             raise MPI.Exception(result)
         return result == DONE  # type: ignore[no-any-return]
