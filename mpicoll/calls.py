@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import ctypes
 import threading
+import weakref
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -543,11 +545,28 @@ def _stage_blocks(call: Call, blocks: Blocks, read: bool = False, write: bool = 
         return message.address
     packed = np.empty(sum(_byte_shape(blocks).counts), np.uint8)
     call.keep += (packed,)
+    kept = Blocks(_with_own_datatype(message, packed), blocks.counts, blocks.displacements)
     if read:
-        call.before = _then(call.before, partial(_pack, blocks, packed))
+        call.before = _then(call.before, partial(_pack, kept, packed))
     if write:
-        call.after = _then(call.after, partial(_unpack, blocks, packed))
+        call.after = _then(call.after, partial(_unpack, kept, packed))
     return packed.ctypes.data
+
+
+def _with_own_datatype(message: Message, owner: np.ndarray[Any, Any]) -> Message:
+    """The message with a duplicate of its datatype that lives as long as ``owner``.
+
+    MPI lets the caller free a datatype as soon as a nonblocking call has begun.
+    """
+    assert message.datatype is not None
+    datatype = message.datatype.Dup()
+
+    def free() -> None:
+        if not MPI.Is_finalized():
+            datatype.Free()
+
+    weakref.finalize(owner, free).atexit = False
+    return replace(message, datatype=datatype)
 
 
 def _then(first: Any, second: Any) -> Any:

@@ -274,3 +274,19 @@ def test_an_error_in_mpi_reaches_whoever_waits() -> None:
             with pytest.raises(MPI.Exception) as caught:
                 getattr(request, finish)()
             assert caught.value is error
+
+
+def test_a_datatype_may_be_freed_while_its_call_is_under_way() -> None:
+    every_third = MPI.DOUBLE.Create_vector(LARGE, 1, 3).Commit()
+    values = np.zeros(3 * LARGE)
+    if RANK == ROOT:
+        values[::3] = np.arange(LARGE)
+    request = COMM.Ibcast([values, 1, every_third], root=ROOT)
+    every_third.Free()
+    # What comes next gets the freed handle, where the library uses handles again.
+    others = [MPI.DOUBLE.Create_vector(2, 1, n + 2).Commit() for n in range(8)]
+    request.Wait()
+    assert np.array_equal(values[::3], np.arange(LARGE))
+    assert not values[1::3].any()
+    for other in others:
+        other.Free()
