@@ -208,9 +208,8 @@ class _Compiler:
         self.outputs = self._places(Buffer.OUTPUT, self.schedule.outputs(self.rank), self.layout.output_at)
         self.homes = dict(self.outputs)  # where a chunk is copied to; what only passes gets scratch memory
         self.moved: dict[_Key, tuple[Place, _Slot | None]] = {}  # where a written piece lies
-        self.pending: dict[_Key, list[tuple[_Message, Place]]] = defaultdict(
-            list
-        )  # sends, and what they read
+        # Unfinished sends of a piece, and the place that each reads.
+        self.pending: dict[_Key, list[tuple[_Message, Place]]] = defaultdict(list)
         self.unfinished: dict[int, _Message] = {}  # sends by request
         self.slot_sends: deque[tuple[int, _Message]] = deque()  # sends that keep slots, and their steps
         self.free_requests: list[int] = []
