@@ -24,12 +24,14 @@ def choose(collective: str, nranks: int, nbytes: int) -> str:
 
 
 def _allreduce(nranks: int, nbytes: int) -> str:
-    if nbytes <= (256 if nranks == 2 else 64) * KIB:
-        return "recursive_doubling"
+    if nranks == 2:
+        return "recursive_doubling" if nbytes <= 256 * KIB else "ring"
     power_of_two = nranks & (nranks - 1) == 0  # other rank counts pay for folding
-    if power_of_two and nranks >= 8 and nbytes <= 128 * KIB * nranks:
+    if nbytes <= (32 if power_of_two else 64) * KIB:
+        return "recursive_doubling"
+    if power_of_two and nbytes <= (16 if nranks == 4 else 128) * KIB * nranks:
         return "rabenseifner"
-    return "two_shot" if 2 < nranks <= FEW else "ring"
+    return "two_shot" if nranks <= FEW else "ring"
 
 
 def _reduce_scatter(nranks: int, nbytes: int) -> str:
