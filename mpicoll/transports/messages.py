@@ -45,7 +45,9 @@ CLOCK = 18
 SPINS = 19  # polls before yielding the core
 FLAG = 20  # address of an int that MPI_Test writes, and the int
 TIME = 22  # address of a timespec that clock_gettime writes, and the timespec
-STATUS = 25  # address of an MPI_Status that nobody reads, and the status
+SLEEP = 25
+NAP = 26  # address of the timespec that says how long, and the timespec
+STATUS = 29  # address of an MPI_Status that nobody reads, and the status
 STATE_SIZE = 64
 
 DONE = 0
@@ -56,6 +58,8 @@ PATIENT = 20_000_000  # often enough for signals
 BRIEF = 0  # one look, for calls that must not block
 
 CLOCK_MONOTONIC = 1  # of Linux
+YIELDS = 300  # polls, of ranks that share cores, before they sleep: some hundred microseconds
+SHORT_SLEEP = 1000  # nanoseconds; the kernel makes some 50 microseconds of it
 POLLS_BETWEEN_LOOKS = 16  # at the clock, which costs as much as a few polls
 
 _WIDTH = len(COLUMNS)
@@ -141,7 +145,11 @@ def _wait(s, request, patience):  # type: ignore[no-untyped-def]
         if _read_int32(flag) != 0:
             return DONE
         poll += 1
-        if poll > spins:
+        if spins == 0 and poll > YIELDS:
+            # Yielding on and on, a rank loses its turn: the scheduler may pass it over for milliseconds
+            # when its message has come. A rank that wakes from sleep runs at once.
+            _call(s[SLEEP], (s[NAP], types.int64(0)))
+        elif poll > spins:
             _call(s[YIELD], ())
         elif patience != BRIEF and poll % POLLS_BETWEEN_LOOKS != 0:
             continue
@@ -196,7 +204,7 @@ def _functions() -> dict[int, int]:
     # which need not be the first on any search path.
     mpi, libc = ctypes.CDLL(MPI.__file__), ctypes.CDLL(None)
     found = {ISEND: mpi.MPI_Isend, IRECV: mpi.MPI_Irecv, TEST: mpi.MPI_Test}
-    found |= {YIELD: libc.sched_yield, CLOCK: libc.clock_gettime}
+    found |= {YIELD: libc.sched_yield, CLOCK: libc.clock_gettime, SLEEP: libc.nanosleep}
     return {slot: ctypes.cast(f, ctypes.c_void_p).value or 0 for slot, f in found.items()}
 
 
@@ -241,8 +249,9 @@ class MessagePlan:
         for slot, address in _functions().items():
             state[slot] = address
         self._address = state.ctypes.data
-        for slot in (FLAG, TIME, STATUS):
+        for slot in (FLAG, TIME, NAP, STATUS):
             state[slot] = self._address + 8 * (slot + 1)
+        state[NAP + 2] = SHORT_SLEEP
         self._memory = memoryview(state.data)  # item assignment at a fraction of NumPy's cost
 
     def bind(self, tag: int, send: int, recv: int) -> None:
