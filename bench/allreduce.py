@@ -36,6 +36,7 @@ THREAD_LEVELS = {
     MPI.THREAD_SERIALIZED: "serialized",
     MPI.THREAD_MULTIPLE: "multiple",
 }
+LARGE = 64 << 10  # bytes from which on the mean is taken
 TURN = 0.02  # seconds each contender gets in a turn
 
 
@@ -116,10 +117,10 @@ def render(rows: list[dict[str, Any]], console: Console) -> None:
         times = row["microseconds"]
         cells = [f"{times[name]:.1f} ({times['native'] / times[name]:.2f})" for name in names]
         table.add_row(format_size(row["bytes"]), f"{times['memcpy']:.1f}", f"{times['native']:.1f}", *cells)
-    large = [row["microseconds"] for row in rows if row["bytes"] >= 64 << 10]
+    large = [row["microseconds"] for row in rows if row["bytes"] >= LARGE]
     if large:
         means = [f"{geometric_mean([t['native'] / t[name] for t in large]):.2f}" for name in names]
-        table.add_row("mean ≥ 64K", "", "", *means)
+        table.add_row(f"mean ≥ {format_size(LARGE)}", "", "", *means)
     console.print(table)
 
 

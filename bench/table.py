@@ -7,11 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import click
-from mpicoll.bench.allreduce import geometric_mean
+from mpicoll.bench.allreduce import LARGE, geometric_mean
 
 from mpicoll.sizes import format_size
-
-LARGE = 64 << 10  # bytes from which on the mean is taken
 
 
 def ratios(rows: list[dict[str, Any]], contender: str) -> dict[int, float]:

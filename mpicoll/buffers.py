@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import operator
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -80,9 +80,17 @@ def host_data(obj: Any, argument: str, writable: bool) -> Data:
         raise ValueError(f"{argument}: expected memory that may be written, got a read-only buffer")
     if array.dtype.hasobject:
         raise TypeError(f"{argument}: expected numbers or bytes, got an array of Python objects")
+    return Data(array, address_getter(array.dtype)(array) if array.size else array.ctypes.data)
+
+
+def address_getter(dtype: Dtype) -> Callable[[np.ndarray[Any, Any]], int]:
+    """What gives the address of a contiguous, not empty array of ``dtype`` in the least time."""
     # Get_address is faster, but needs the buffer protocol, which knows no bfloat16 and no dates.
-    exported = array.size and array.dtype.kind not in "VmM"
-    return Data(array, MPI.Get_address(array) if exported else array.ctypes.data)
+    return _data_pointer if dtype.kind in "VmM" else MPI.Get_address
+
+
+def _data_pointer(array: np.ndarray[Any, Any]) -> int:
+    return int(array.ctypes.data)
 
 
 def _as_array(obj: Any, argument: str) -> np.ndarray[Any, Any]:

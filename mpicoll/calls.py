@@ -272,45 +272,37 @@ class CallMaker:
 
     def gather(self, sendbuf: Any, recvbuf: Any, root: int = 0, *, algorithm: str | None = None) -> Call:
         """Collect every rank's ``sendbuf`` as blocks of equal size in ``recvbuf`` of ``root``."""
-        return self._gather(sendbuf, recvbuf, root, algorithm, vector=False)
+        return self._rooted("gather", sendbuf, recvbuf, root, algorithm, vector=False)
 
     def gatherv(self, sendbuf: Any, recvbuf: Any, root: int = 0, *, algorithm: str | None = None) -> Call:
         """As `Gather`, blocks of uneven size: ``[data, counts, displacements, datatype]``."""
-        return self._gather(sendbuf, recvbuf, root, algorithm, vector=True)
-
-    def _gather(self, sendbuf: Any, recvbuf: Any, root: int, algorithm: str | None, vector: bool) -> Call:
-        self._check_root(root)
-        at_root = self._rank == root
-        in_place = at_root and sendbuf is MPI.IN_PLACE
-        blocks = self._blocks(recvbuf, "recvbuf", vector, writable=True) if at_root else None
-        if in_place and blocks is not None:
-            send = _one_block(blocks.message, blocks.counts[root], blocks.displacements[root])
-        else:
-            send = _one_block(parse(sendbuf, "sendbuf"))
-        if blocks is not None:
-            _check_block(blocks, root, send)
-        return self._rooted_call("gather", send, blocks, root, algorithm, vector, in_place)
+        return self._rooted("gather", sendbuf, recvbuf, root, algorithm, vector=True)
 
     def scatter(self, sendbuf: Any, recvbuf: Any, root: int = 0, *, algorithm: str | None = None) -> Call:
         """Hand out ``sendbuf`` of ``root`` in blocks of equal size, block r to rank r's ``recvbuf``."""
-        return self._scatter(sendbuf, recvbuf, root, algorithm, vector=False)
+        return self._rooted("scatter", recvbuf, sendbuf, root, algorithm, vector=False)
 
     def scatterv(self, sendbuf: Any, recvbuf: Any, root: int = 0, *, algorithm: str | None = None) -> Call:
         """As `Scatter`, blocks of uneven size: ``[data, counts, displacements, datatype]``."""
-        return self._scatter(sendbuf, recvbuf, root, algorithm, vector=True)
+        return self._rooted("scatter", recvbuf, sendbuf, root, algorithm, vector=True)
 
-    def _scatter(self, sendbuf: Any, recvbuf: Any, root: int, algorithm: str | None, vector: bool) -> Call:
+    def _rooted(
+        self, collective: str, own: Any, blocks: Any, root: int, algorithm: str | None, vector: bool
+    ) -> Call:
+        """Gather or scatter: a rank has its ``own`` block in one buffer, the root ``blocks`` in another."""
         self._check_root(root)
         at_root = self._rank == root
-        in_place = at_root and recvbuf is MPI.IN_PLACE
-        blocks = self._blocks(sendbuf, "sendbuf", vector) if at_root else None
-        if in_place and blocks is not None:
-            recv = _one_block(blocks.message, blocks.counts[root], blocks.displacements[root])
+        in_place = at_root and own is MPI.IN_PLACE
+        sends = collective == "gather"
+        own_name, blocks_name = ("sendbuf", "recvbuf") if sends else ("recvbuf", "sendbuf")
+        parsed = self._blocks(blocks, blocks_name, vector, writable=sends) if at_root else None
+        if in_place and parsed is not None:
+            mine = _own_block(parsed, root)
         else:
-            recv = _one_block(parse(recvbuf, "recvbuf", writable=True))
-        if blocks is not None:
-            _check_block(blocks, root, recv)
-        return self._rooted_call("scatter", recv, blocks, root, algorithm, vector, in_place)
+            mine = _one_block(parse(own, own_name, writable=not sends))
+        if parsed is not None:
+            _check_block(parsed, root, mine)
+        return self._rooted_call(collective, mine, parsed, root, algorithm, vector, in_place)
 
     def _rooted_call(
         self,
@@ -371,10 +363,7 @@ class CallMaker:
         recv = self._blocks(recvbuf, "recvbuf", vector, writable=True)
         in_place = sendbuf is MPI.IN_PLACE
         shape = _byte_shape(recv)
-        if in_place:
-            send = _one_block(recv.message, recv.counts[self._rank], recv.displacements[self._rank])
-        else:
-            send = _one_block(parse(sendbuf, "sendbuf"))
+        send = _own_block(recv, self._rank) if in_place else _one_block(parse(sendbuf, "sendbuf"))
         _check_block(recv, self._rank, send)
         name = self._choose("allgather", algorithm, sum(shape.counts))
         key = ("allgather", name, shape.key, in_place)
@@ -534,8 +523,13 @@ def _byte_shape(blocks: Blocks) -> _Shape:
     return _Shape(counts, np.cumsum([0, *counts[:-1]]).tolist())
 
 
-def _one_block(message: Message, count: int | None = None, displacement: int = 0) -> Blocks:
-    return Blocks(message, [message.count if count is None else count], [displacement])
+def _one_block(message: Message) -> Blocks:
+    return Blocks(message, [message.count], [0])
+
+
+def _own_block(blocks: Blocks, rank: int) -> Blocks:
+    """The block of ``rank`` alone, where it lies: its own data with IN_PLACE."""
+    return Blocks(blocks.message, [blocks.counts[rank]], [blocks.displacements[rank]])
 
 
 def _stage_blocks(call: Call, blocks: Blocks, read: bool = False, write: bool = False) -> int:

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from mpi4py import MPI
 
+from mpicoll.buffers import address_getter
 from mpicoll.calls import OPERATIONS, Average
 from mpicoll.requests import Call
 
@@ -41,10 +42,6 @@ def signature(prepare: Callable[..., Any], args: tuple[Any, ...], named: Mapping
         else:
             return None
     return tuple(key)
-
-
-def _get_data(array: np.ndarray[Any, Any]) -> int:
-    return int(array.ctypes.data)
 
 
 def _nothing(arg: Any) -> int:
@@ -87,8 +84,7 @@ def _source(args: tuple[Any, ...], index: int | None) -> tuple[int, Callable[[An
     """Where among the arguments a buffer is, and what gives its address: 0 if it is not there."""
     if index is None:
         return -1, _nothing
-    exported = args[index].dtype.kind not in "VmM"  # the buffer protocol knows no bfloat16 and no dates
-    return index, MPI.Get_address if exported else _get_data
+    return index, address_getter(args[index].dtype)
 
 
 class RepeatedCalls:

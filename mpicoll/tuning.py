@@ -35,27 +35,23 @@ def _allreduce(nranks: int, nbytes: int) -> str:
 
 
 def _reduce_scatter(nranks: int, nbytes: int) -> str:
-    if nbytes < 16 * KIB:
-        return "recursive_halving"
-    return "direct" if nranks <= FEW else "ring"
+    return "recursive_halving" if nbytes < 16 * KIB else _large_blocks(nranks)
 
 
 def _allgather(nranks: int, nbytes: int) -> str:
-    if nbytes < 16 * KIB:
-        return "bruck"
+    return "bruck" if nbytes < 16 * KIB else _large_blocks(nranks)
+
+
+def _large_blocks(nranks: int) -> str:
     return "direct" if nranks <= FEW else "ring"
 
 
-def _broadcast(nranks: int, nbytes: int) -> str:
-    if nbytes < 64 * KIB or nranks == 2:
-        return "binomial"
-    return "chain"
+def _broadcast_or_reduce(nranks: int, nbytes: int) -> str:
+    return "binomial" if nbytes < 64 * KIB or nranks == 2 else "chain"
 
 
-def _reduce(nranks: int, nbytes: int) -> str:
-    if nbytes < 64 * KIB or nranks == 2:
-        return "binomial"
-    return "chain"
+def _gather_or_scatter(nranks: int, nbytes: int) -> str:
+    return "binomial" if nbytes < 16 * KIB else "direct"
 
 
 def _alltoall(nranks: int, nbytes: int) -> str:
@@ -67,10 +63,10 @@ _CHOICES: dict[str, Callable[[int, int], str]] = {
     "allreduce": _allreduce,
     "reduce_scatter": _reduce_scatter,
     "allgather": _allgather,
-    "broadcast": _broadcast,
-    "reduce": _reduce,
-    "gather": lambda nranks, nbytes: "binomial" if nbytes < 16 * KIB else "direct",
-    "scatter": lambda nranks, nbytes: "binomial" if nbytes < 16 * KIB else "direct",
+    "broadcast": _broadcast_or_reduce,
+    "reduce": _broadcast_or_reduce,
+    "gather": _gather_or_scatter,
+    "scatter": _gather_or_scatter,
     "alltoall": _alltoall,
     "barrier": lambda nranks, nbytes: "dissemination",
 }
