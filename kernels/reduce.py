@@ -180,14 +180,17 @@ def _compiled(kernel: Callable[..., None], *arguments: types.Type) -> Any:
     return cfunc(types.void(*arguments), cache=True)(kernel)
 
 
-def reduce_kernel(op: str, dtype: np.dtype[Any]) -> int:
+def reduce_kernel(
+    op: str, dtype: np.dtype[Any], total: np.dtype[Any] | None = None, first: np.dtype[Any] | None = None
+) -> int:
     """Address of ``void (dst*, a*, b*, intp count)`` doing ``dst = a op b``.
 
-    Raises TypeError where ``op`` is not defined for ``dtype``.
+    ``b`` has elements of ``dtype``; so have ``dst``, if ``total`` does not say otherwise, and ``a``, which
+    ``first`` may say. Raises TypeError where ``op`` is not defined for ``dtype``.
     """
     check_supported(op, dtype)
-    pointer = types.CPointer(element_type(dtype))
-    return int(_compiled(_KERNELS[op], pointer, pointer, pointer, types.intp).address)
+    pointers = (types.CPointer(element_type(kind or dtype)) for kind in (total, first, dtype))
+    return int(_compiled(_KERNELS[op], *pointers, types.intp).address)
 
 
 def scale_kernel(dtype: np.dtype[Any]) -> int:
@@ -198,6 +201,11 @@ def scale_kernel(dtype: np.dtype[Any]) -> int:
 @cache
 def cast_kernel(dst: np.dtype[Any], src: np.dtype[Any]) -> Callable[[int, int, int], None]:
     """``f(dst_address, src_address, count)`` converting elements, rounding to nearest even."""
-    pointers = (types.CPointer(element_type(dtype)) for dtype in (dst, src))
     prototype = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_ssize_t)
-    return prototype(_compiled(_cast, *pointers, types.intp).address)
+    return prototype(cast_kernel_address(dst, src))
+
+
+def cast_kernel_address(dst: np.dtype[Any], src: np.dtype[Any]) -> int:
+    """Where `cast_kernel` begins, for compiled code to call."""
+    pointers = (types.CPointer(element_type(dtype)) for dtype in (dst, src))
+    return int(_compiled(_cast, *pointers, types.intp).address)

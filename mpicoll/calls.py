@@ -27,6 +27,7 @@ from mpicoll.requests import Call
 from mpicoll.schedule import Schedule, chunk_bounds
 from mpicoll.transports.messages import MessagePlan
 from mpicoll.transports.program import Layout, compile_program
+from mpicoll.transports.shared import NO_REDUCTION, Channel, Reduction, SharedPlan, reduction
 
 FLOAT16 = np.dtype(np.float16)
 FLOAT32 = np.dtype(np.float32)
@@ -48,16 +49,21 @@ OPERATIONS = kernels.OPERATIONS  # names of MPI's own that we do by hand
 _OPERATION_NAMES = {MPI._handleof(getattr(MPI, name)): name for name in OPERATIONS}
 
 
+SHARED = "shared"  # named where the others are algorithms: what the shared transport does, whatever the size
+
+Plan = MessagePlan | SharedPlan
+
+
 class _Plans:
     """Plans that no call uses at the moment, by what they were made for; the progress thread returns some."""
 
     def __init__(self) -> None:
-        self._free: OrderedDict[Any, list[MessagePlan]] = OrderedDict()
+        self._free: OrderedDict[Any, list[Plan]] = OrderedDict()
         self._count = 0
         self._scratch = 0
         self._turn = threading.Lock()
 
-    def take(self, key: Any) -> MessagePlan | None:
+    def take(self, key: Any) -> Plan | None:
         with self._turn:
             plans = self._free.get(key)
             if not plans:
@@ -65,7 +71,7 @@ class _Plans:
             self._free.move_to_end(key)
             return self._removed(plans.pop())
 
-    def put(self, key: Any, plan: MessagePlan) -> None:
+    def put(self, key: Any, plan: Plan) -> None:
         with self._turn:
             self._free.setdefault(key, []).append(plan)
             self._count += 1
@@ -77,17 +83,23 @@ class _Plans:
                 if not plans:
                     del self._free[oldest]
 
-    def _removed(self, plan: MessagePlan) -> MessagePlan:
+    def _removed(self, plan: Plan) -> Plan:
         self._count -= 1
         self._scratch -= plan.scratch
         return plan
 
 
 class CallMaker:
-    """Makes the calls of one communicator. ``private`` carries our messages, apart from the user's."""
+    """Makes the calls of one communicator. ``private`` carries our messages, apart from the user's.
 
-    def __init__(self, private: MPI.Intracomm, spins: int, algorithm: str) -> None:
+    ``channel`` leads to the ranks' shared memory; without it everything travels in messages.
+    """
+
+    def __init__(
+        self, private: MPI.Intracomm, spins: int, algorithm: str, channel: Channel | None = None
+    ) -> None:
         self._private = private
+        self._channel = channel
         self._rank = private.Get_rank()
         self._nranks = private.Get_size()
         self._spins = spins
@@ -205,7 +217,7 @@ class CallMaker:
         total = shape if isinstance(shape, int) else sum(shape)
         into = recv.address if recv is not None else 0
         in_place = recv is not None and recv.address == send.address
-        widened = self._must_widen(operation, send.dtype)
+        widened = algorithm != SHARED and self._must_widen(operation, send.dtype)
         # A scattered result moves to the front of its buffer, where an input may still be wanted.
         staged = in_place and collective == "reduce_scatter"
         dtype = FLOAT32 if widened else send.dtype
@@ -235,7 +247,13 @@ class CallMaker:
         shape: int | tuple[int, ...],
         root: int,
         in_place: bool,
-    ) -> MessagePlan:
+    ) -> Plan:
+        if algorithm == SHARED:
+            plan = self._shared_plan(reduction(operation, dtype, self._nranks))
+            if isinstance(shape, int):
+                return plan.set_up(collective, shape, root)
+            begins = np.cumsum([0, *shape[:-1]]).tolist()
+            return plan.set_up_blocks(collective, (begins, shape), ([0] * self._nranks, shape))
         schedule = algorithms.schedule(collective, algorithm, self._nranks, root)
         if isinstance(shape, int):
             bounds = chunk_bounds(shape, schedule.nchunks, dtype.itemsize)
@@ -263,9 +281,12 @@ class CallMaker:
         if not message.plain:
             block = _one_block(message)
             call.recv = _stage_blocks(call, block, read=self._rank == root, write=self._rank != root)
+        call.send = call.recv
         return call
 
-    def _broadcast_plan(self, collective: str, algorithm: str, nbytes: int, root: int) -> MessagePlan:
+    def _broadcast_plan(self, collective: str, algorithm: str, nbytes: int, root: int) -> Plan:
+        if algorithm == SHARED:
+            return self._shared_plan().set_up(collective, nbytes, root)
         schedule = algorithms.schedule(collective, algorithm, self._nranks, root)
         bounds = chunk_bounds(nbytes, schedule.nchunks, 1)
         return self._plan(schedule, Layout(np.diff(bounds), bounds[:-1], bounds[:-1], in_place=True))
@@ -322,9 +343,11 @@ class CallMaker:
         shape = _Shape(counts, counts) if blocks is None else _byte_shape(blocks)
         if blocks is None:
             shape.counts[self._rank] = own_bytes
-        key = (collective, name, shape.key, root, in_place)
+        key = (collective, name, vector, shape.key, own_bytes, root, in_place)
         plan = self._plans.take(key)
-        if plan is None:
+        if plan is None and name == SHARED:
+            plan = self._shared_rooted_plan(collective, own_bytes, shape if blocks else None, root, vector)
+        elif plan is None:
             plan = self._rooted_plan(collective, name, shape, root, in_place)
         call = Call(plan, key, 0, 0, (own.message.data, blocks and blocks.message.data))
         sends = collective == "gather"
@@ -332,7 +355,9 @@ class CallMaker:
         blocks_at = (
             0 if blocks is None else _stage_blocks(call, blocks, read=not sends or in_place, write=sends)
         )
-        if in_place:
+        if in_place and name == SHARED:
+            own_at = blocks_at + shape.displacements[root]
+        if in_place and name != SHARED:
             call.recv = blocks_at
         elif sends:
             call.send, call.recv = own_at, blocks_at
@@ -340,14 +365,25 @@ class CallMaker:
             call.send, call.recv = blocks_at, own_at
         return call
 
-    def _rooted_plan(
-        self, collective: str, algorithm: str, shape: _Shape, root: int, in_place: bool
-    ) -> MessagePlan:
+    def _rooted_plan(self, collective: str, algorithm: str, shape: _Shape, root: int, in_place: bool) -> Plan:
         schedule = algorithms.schedule(collective, algorithm, self._nranks, root)
         counts, blocks_at = np.array(shape.counts), np.array(shape.displacements)
         own_at = blocks_at if in_place else np.zeros(self._nranks, np.int64)
         sides = (own_at, blocks_at) if collective == "gather" else (blocks_at, own_at)
         return self._plan(schedule, Layout(counts, sides[0], sides[1], in_place))
+
+    def _shared_rooted_plan(
+        self, collective: str, own_bytes: int, blocks: _Shape | None, root: int, vector: bool
+    ) -> SharedPlan:
+        plan = self._shared_plan()
+        if not vector:
+            return plan.set_up(collective, own_bytes, root)
+        nothing = [0] * self._nranks
+        theirs = (blocks.displacements, blocks.counts) if blocks else (nothing, nothing)
+        if collective == "gather":
+            return plan.set_up_blocks(collective, (nothing, [own_bytes] * self._nranks), theirs, root, True)
+        mine = [own_bytes if rank == root else 0 for rank in range(self._nranks)]
+        return plan.set_up_blocks(collective, theirs, (nothing, mine), root, True)
 
     # -- everybody sends and receives
 
@@ -368,15 +404,27 @@ class CallMaker:
         name = self._choose("allgather", algorithm, sum(shape.counts))
         key = ("allgather", name, shape.key, in_place)
         plan = self._plans.take(key)
-        if plan is None:
+        if plan is None and name == SHARED:
+            plan = self._shared_allgather_plan(shape, vector)
+        elif plan is None:
             schedule = algorithms.schedule("allgather", name, self._nranks)
             at = np.array(shape.displacements)
             input_at = at if in_place else np.zeros(self._nranks, np.int64)
             plan = self._plan(schedule, Layout(np.array(shape.counts), input_at, at, in_place))
         call = Call(plan, key, 0, 0, (send.message.data, recv.message.data))
         call.recv = _stage_blocks(call, recv, read=in_place, write=True)
-        call.send = 0 if in_place else _stage_blocks(call, send, read=True)
+        if in_place:
+            call.send = call.recv + shape.displacements[self._rank]
+        else:
+            call.send = _stage_blocks(call, send, read=True)
         return call
+
+    def _shared_allgather_plan(self, shape: _Shape, vector: bool) -> SharedPlan:
+        plan = self._shared_plan()
+        if not vector:
+            return plan.set_up("allgather", shape.counts[self._rank])
+        nothing, own = [0] * self._nranks, [shape.counts[self._rank]] * self._nranks
+        return plan.set_up_blocks("allgather", (nothing, own), (shape.displacements, shape.counts))
 
     def alltoall(self, sendbuf: Any, recvbuf: Any, *, algorithm: str | None = None) -> Call:
         """Send block j of ``sendbuf`` to rank j; block i of ``recvbuf`` comes from rank i."""
@@ -394,8 +442,12 @@ class CallMaker:
         shapes = _byte_shape(send), _byte_shape(recv)
         only = ("pairwise",) if vector else None
         name = self._choose("alltoall", algorithm, sum(shapes[0].counts) * self._nranks, only)
-        key = ("alltoall", name, shapes[0].key, shapes[1].key)
-        plan = self._plans.take(key) or self._alltoall_plan(name, *shapes)
+        key = ("alltoall", name, vector, shapes[0].key, shapes[1].key)
+        plan = self._plans.take(key)
+        if plan is None and name == SHARED:
+            plan = self._shared_alltoall_plan(*shapes, vector)
+        elif plan is None:
+            plan = self._alltoall_plan(name, *shapes)
         call = Call(plan, key, 0, 0, (send.message.data, recv.message.data))
         call.recv = _stage_blocks(call, recv, read=in_place, write=True)
         call.send = call.recv if in_place else _stage_blocks(call, send, read=True)
@@ -403,7 +455,7 @@ class CallMaker:
             _stage_input(call, shapes[0].end)
         return call
 
-    def _alltoall_plan(self, algorithm: str, sent: _Shape, received: _Shape) -> MessagePlan:
+    def _alltoall_plan(self, algorithm: str, sent: _Shape, received: _Shape) -> Plan:
         schedule = algorithms.schedule("alltoall", algorithm, self._nranks)
         # Bruck passes others' blocks on; all are as large as ours then.
         counts = np.full(schedule.nchunks, sent.counts[0])
@@ -413,12 +465,21 @@ class CallMaker:
         counts[theirs], output_at[theirs] = received.counts, received.displacements
         return self._plan(schedule, Layout(counts, input_at, output_at))
 
+    def _shared_alltoall_plan(self, sent: _Shape, received: _Shape, vector: bool) -> SharedPlan:
+        plan = self._shared_plan()
+        if not vector:
+            return plan.set_up("alltoall", sent.counts[0])
+        places = (sent.displacements, sent.counts), (received.displacements, received.counts)
+        return plan.set_up_blocks("alltoall", *places, uneven=True)
+
     def barrier(self, *, algorithm: str | None = None) -> Call:
         """Wait until every rank has come here."""
         name = self._choose("barrier", algorithm, 0)
         key = ("barrier", name)
         plan = self._plans.take(key)
-        if plan is None:
+        if plan is None and name == SHARED:
+            plan = self._shared_plan().set_up("barrier", 0)
+        elif plan is None:
             nothing = np.zeros(1, np.int64)
             layout = Layout(nothing, nothing, nothing)
             schedule = algorithms.schedule("barrier", name, self._nranks)
@@ -429,24 +490,36 @@ class CallMaker:
 
     def _plan(
         self, schedule: Schedule, layout: Layout, itemsize: int = 1, kernel: int = 0, scale: int = 0
-    ) -> MessagePlan:
+    ) -> Plan:
         nbytes = int(layout.counts.sum()) * itemsize
         pipeline = tuning.pipeline(self._nranks, nbytes)
         program = compile_program(schedule, self._rank, layout, itemsize, pipeline, average=bool(scale))
         return MessagePlan(program, self._private, self._spins, kernel, scale)
 
+    def _shared_plan(self, what: Reduction = NO_REDUCTION) -> SharedPlan:
+        assert self._channel is not None
+        return SharedPlan(self._channel, what)
+
     def _choose(
         self, collective: str, algorithm: str | None, nbytes: int, only: tuple[str, ...] | None = None
     ) -> str:
-        """The algorithm's name, from the call, the communicator or the table of `tuning`."""
+        """The algorithm's name, from the call, the communicator or the table of `tuning`.
+
+        With shared memory, "auto" is what the shared transport does.
+        """
         allowed = only or algorithms.names(collective)
         if algorithm is None:
-            algorithm = self._algorithm if self._algorithm in allowed else "auto"
+            algorithm = self._algorithm if self._algorithm in (*allowed, SHARED) else "auto"
+        if algorithm in ("auto", SHARED) and self._channel is not None:
+            return SHARED
         if algorithm == "auto":
             return only[0] if only else tuning.choose(collective, self._nranks, nbytes)
+        if algorithm == SHARED:
+            raise ValueError("algorithm: expected auto or a name, got shared, but the ranks share no memory")
         if algorithm not in allowed:
+            names = ", ".join((*allowed, SHARED))
             raise ValueError(
-                f"algorithm: expected auto or one of {', '.join(allowed)} for {collective}, got {algorithm!r}"
+                f"algorithm: expected auto or one of {names} for {collective}, got {algorithm!r}"
             )
         return algorithm
 

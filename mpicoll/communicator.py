@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial, wraps
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 from mpi4py import MPI
 
-from mpicoll import algorithms
+from mpicoll import algorithms, tuning
 from mpicoll.calls import CallMaker
 from mpicoll.repeated import RepeatedCalls, signature
 from mpicoll.requests import Call, PersistentCall, Request
-from mpicoll.transports.messages import choose_spins
+from mpicoll.transports.arena import new_array
+from mpicoll.transports.messages import count_cores
+from mpicoll.transports.shared import Channel, SharedPlan
 
 ONE_SHOT_TAGS = 16_384  # they count from 0, and begin anew long after a call with the same tag has ended
+TRANSPORTS = ("auto", "shared", "messages")
 PERSISTENT_TAGS = range(16_384, 32_768)  # MPI promises tags up to 32767
 
 # Each collective is prepared by one method of `CallMaker`, which has mpi4py's signature, and completed in
@@ -53,11 +58,11 @@ def _nonblocking(prepare: _Prepare, native: Callable[..., MPI.Request]) -> Any:
                 "nonblocking collectives need MPI_THREAD_MULTIPLE for their progress thread; remove "
                 "MPI4PY_RC_THREAD_LEVEL and mpi4py.rc.thread_level, or use the blocking or persistent form"
             )
-        call = prepare(self._maker, *args, **kwargs)
+        call = prepare(self._messages, *args, **kwargs)
         if call is None:
             return native(self, *args, **_without_algorithm(kwargs))
         self._tag = tag = (self._tag + 1) % ONE_SHOT_TAGS
-        return Request(call, tag, partial(self._maker.release, call))
+        return Request(call, tag, partial(self._messages.release, call))
 
     return method
 
@@ -75,6 +80,8 @@ def _persistent(prepare: _Prepare) -> Any:
                 "persistent collectives take predefined operations and dtypes only; use the blocking form "
                 "for operations or datatypes of your own"
             )
+        if isinstance(call.plan, SharedPlan):
+            call.plan.move_to(call.plan.channel.twin())
         self._persistent_tag = (self._persistent_tag + 1) % len(PERSISTENT_TAGS)
         return PersistentCall(call, PERSISTENT_TAGS[self._persistent_tag])
 
@@ -107,19 +114,26 @@ class Communicator(MPI.Intracomm):
 
     _maker: CallMaker
 
-    def __new__(cls, comm: MPI.Intracomm | None = None, algorithm: str = "auto") -> Communicator:
+    def __new__(
+        cls, comm: MPI.Intracomm | None = None, algorithm: str = "auto", transport: str = "auto"
+    ) -> Communicator:
         if comm is not None and not isinstance(comm, MPI.Intracomm):
             raise TypeError(f"comm: expected an mpi4py intracommunicator, got {type(comm).__name__}")
         return super().__new__(cls, comm)
 
-    def __init__(self, comm: MPI.Intracomm | None = None, algorithm: str = "auto") -> None:
+    def __init__(
+        self, comm: MPI.Intracomm | None = None, algorithm: str = "auto", transport: str = "auto"
+    ) -> None:
         known = {name for collective in algorithms.ALGORITHMS for name in algorithms.names(collective)}
+        if transport not in TRANSPORTS:
+            raise ValueError(f"transport: expected one of {', '.join(TRANSPORTS)}; got {transport!r}")
         if algorithm != "auto" and algorithm not in known:
             raise ValueError(
                 f"algorithm: expected auto or one of {', '.join(sorted(known))}; got {algorithm!r}"
             )
         self._owned = False  # whether the communicator itself, not only what we added, is ours to free
         self._algorithm = algorithm
+        self._transport = transport
         if self != MPI.COMM_NULL:
             self._set_up()
 
@@ -128,17 +142,37 @@ class Communicator(MPI.Intracomm):
         self._private = MPI.Intracomm.Dup(MPI.Intracomm(self))
         self._private.Set_errhandler(MPI.ERRORS_RETURN)
         node = MPI.Intracomm(self._private.Split_type(MPI.COMM_TYPE_SHARED))
-        self._maker = CallMaker(self._private, choose_spins(node), self._algorithm)
+        cores = count_cores(node)
+        spins = 0 if node.Get_size() > cores else 1000
+        self._messages = CallMaker(self._private, spins, self._algorithm)
+        self._maker = self._messages
+        self._channel = self._share_memory(node, cores)
+        if self._channel is not None:
+            self._maker = CallMaker(self._private, spins, self._algorithm, self._channel)
         self._repeated = RepeatedCalls(self._maker.release)
         node.Free()
         self._tag = 0
         self._persistent_tag = 0
 
+    def _share_memory(self, node: MPI.Intracomm, cores: int) -> Channel | None:
+        """A channel of all ranks, if they are on one node that lets them share memory; None otherwise."""
+        if self._transport == "messages":
+            return None
+        reason: str | None = "the ranks are on several nodes"
+        if node.Get_size() == self.Get_size():
+            channel = Channel(self._private, tuning.sizes(self.Get_size(), cores))
+            if channel.reason is None:
+                return channel
+            reason = channel.reason
+        if self._transport == "shared":
+            raise RuntimeError(f"transport: expected auto or messages, got shared, but {reason}")
+        return None
+
     def _adopt(self, comm: MPI.Comm) -> Any:
         """A communicator that MPI made from this one, as a `Communicator` that owns it."""
         if comm == MPI.COMM_NULL or not isinstance(comm, MPI.Intracomm):
             return comm
-        child = type(self)(comm, self._algorithm)
+        child = type(self)(comm, self._algorithm, self._transport)
         child._owned = True
         return child
 
@@ -147,6 +181,8 @@ class Communicator(MPI.Intracomm):
 
         The communicator that was passed to the constructor stays its owner's.
         """
+        if self._channel is not None:
+            self._channel.close()
         self._private.Free()
         if self._owned:
             super().Free()
@@ -156,6 +192,14 @@ class Communicator(MPI.Intracomm):
 
     def __exit__(self, *error: object) -> None:
         self.Free()
+
+    def alloc(self, shape: int | Sequence[int], dtype: npt.DTypeLike = np.float64) -> np.ndarray[Any, Any]:
+        """An array of zeros in memory that the other ranks of the node reach: collectives on it copy nothing.
+
+        A call of each rank by itself, of any size. The memory is given back when the array and its views are
+        gone. Raises MemoryError if the machine has not that much left, OSError where memory cannot be shared.
+        """
+        return new_array(shape, dtype)
 
     # -- communicators from this one
 

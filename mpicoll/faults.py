@@ -15,6 +15,15 @@ from types import TracebackType
 
 from mpi4py import MPI
 
+
+class MismatchError(RuntimeError):
+    """The ranks of a communicator are in different collectives, or in one with different arguments."""
+
+
+class RankFailedError(RuntimeError):
+    """Another rank, for which this one waits, has ended or has left the collective with an exception."""
+
+
 ABORT_CODE = 1  # the job's exit status; what Python itself uses for an unhandled exception
 
 

@@ -62,11 +62,11 @@ def environment(mpirun: str) -> dict[str, str]:
 
 def cgroup_cpus() -> float | None:
     """How many processors this process's control groups (version 2) let it use, None without a limit."""
-    limits = [limit for directory in _cgroups() if (limit := _cgroup_limit(directory)) is not None]
+    limits = [limit for directory in cgroups() if (limit := _cgroup_limit(directory)) is not None]
     return min(limits, default=None)
 
 
-def _cgroups() -> list[Path]:
+def cgroups() -> list[Path]:
     """The directories of this process's control group and of those around it."""
     try:
         lines = Path("/proc/self/cgroup").read_text().splitlines()

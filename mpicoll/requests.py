@@ -15,6 +15,7 @@ from typing import Any, Literal
 from mpi4py import MPI
 
 from mpicoll.transports.messages import BRIEF, PATIENT, MessagePlan
+from mpicoll.transports.shared import SharedPlan
 
 SLICE = 20_000  # nanoseconds without progress after which the progress thread turns to the next call
 
@@ -28,7 +29,9 @@ class Call:
 
     __slots__ = ("after", "before", "keep", "key", "plan", "recv", "send")
 
-    def __init__(self, plan: MessagePlan, key: Any, send: int, recv: int, keep: tuple[Any, ...]) -> None:
+    def __init__(
+        self, plan: MessagePlan | SharedPlan, key: Any, send: int, recv: int, keep: tuple[Any, ...]
+    ) -> None:
         self.plan = plan
         self.key = key  # what the plan was made for
         self.send = send
@@ -206,9 +209,9 @@ class PersistentCall:
     """
 
     def __init__(self, call: Call, tag: int) -> None:
-        call.bind(tag)
         self._call: Call | None = call
         self._active = False
+        call.bind(tag)
 
     def Start(self) -> None:
         """Begin. Raises RuntimeError if the previous start has not been completed."""
@@ -235,7 +238,15 @@ class PersistentCall:
         """Give up buffers and scratch memory. Raises RuntimeError if a start is not complete."""
         if self._active:
             raise RuntimeError("Free: a start is not complete; call Wait() first")
+        if self._call is not None:
+            self._call.plan.retire()
         self._call = None
+
+    def __del__(self) -> None:
+        if self._active and self._call is not None:
+            _broken_off.append(self._call)  # the other ranks, or MPI, still use its memory
+        else:
+            self.Free()
 
     @staticmethod
     def Startall(calls: Iterable[PersistentCall]) -> None:

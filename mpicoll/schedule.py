@@ -27,7 +27,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -232,6 +232,13 @@ def mirrored(schedule: Schedule, collective: str) -> Schedule:
     return replace(schedule, collective=collective, make_round=make_round)
 
 
+def chunk_start(count: Any, nchunks: Any, chunk: Any, itemsize: Any) -> Any:
+    """Where a chunk begins; see `chunk_bounds`. For numbers and arrays, and compiled by the transports."""
+    per_line = max(1, CACHE_LINE // itemsize)
+    lines = -(-count // per_line)
+    return np.minimum((chunk * lines // nchunks) * per_line, count)
+
+
 def chunk_bounds(count: int, nchunks: int, itemsize: int = CACHE_LINE) -> IntArray:
     """Where each chunk of ``count`` elements begins and ends: int64 ``[nchunks + 1]``, in elements.
 
@@ -239,10 +246,8 @@ def chunk_bounds(count: int, nchunks: int, itemsize: int = CACHE_LINE) -> IntArr
     with few elements some are empty. The default ``itemsize`` makes every element a line of its own: the
     most even split.
     """
-    per_line = max(1, CACHE_LINE // itemsize)
-    lines = -(-count // per_line)
-    bounds = (np.arange(nchunks + 1, dtype=np.int64) * lines // nchunks) * per_line
-    return np.minimum(bounds, count)
+    bounds: IntArray = chunk_start(count, nchunks, np.arange(nchunks + 1, dtype=np.int64), itemsize)
+    return bounds
 
 
 def check_shape(nranks: int, root: int = 0, nchunks: int = 1) -> None:

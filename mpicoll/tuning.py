@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from mpicoll.transports.program import Pipeline
+from mpicoll.transports.shared import Sizes
 
 KIB = 1024
 MIB = 1024 * KIB
@@ -82,3 +83,21 @@ def pipeline(nranks: int, nbytes: int) -> Pipeline:
     if nranks == 2 and nbytes <= 16 * MIB:
         return Pipeline(segment=8 * MIB, lookahead=1)
     return Pipeline(segment=256 * KIB, lookahead=1, stride=SEQUENTIAL)
+
+
+def sizes(nranks: int, cores: int) -> Sizes:
+    """How the shared transport works with ``nranks`` ranks on ``cores`` cores.
+
+    Where ranks share cores each wait costs a turn of the others, so more is done between two waits.
+    """
+    crowded = nranks > cores
+    return Sizes(
+        slot=(MIB if crowded else 256 * KIB),
+        small=(64 * KIB if crowded else 8 * KIB),
+        quiet=16 * KIB,
+        far=256 * KIB,
+        large=8 * MIB,
+        streamed=4 * KIB,
+        spins=0 if crowded else 2000,
+        nap=1000,
+    )

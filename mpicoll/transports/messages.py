@@ -12,16 +12,24 @@ One code path serves all MPI libraries: handles are passed in 64-bit registers w
 from __future__ import annotations
 
 import ctypes
+import math
 import os
 from functools import cache
-from typing import Any
 
 import numpy as np
-from llvmlite import ir
 from mpi4py import MPI
 from numba import njit, types
-from numba.extending import intrinsic
 
+from mpicoll.launch import cgroup_cpus
+from mpicoll.transports.machine import (
+    CLOCK_MONOTONIC,
+    address_of,
+    as_float,
+    call,
+    copy_bytes,
+    int64s,
+    read_int32,
+)
 from mpicoll.transports.program import COLUMNS, Op, Program
 
 # Slots of a plan's state, all int64.
@@ -57,7 +65,6 @@ PENDING = -1  # any other result is an MPI error code
 PATIENT = 20_000_000  # often enough for signals
 BRIEF = 0  # one look, for calls that must not block
 
-CLOCK_MONOTONIC = 1  # of Linux
 YIELDS = 300  # polls, of ranks that share cores, before they sleep: some hundred microseconds
 SHORT_SLEEP = 1000  # nanoseconds; the kernel makes some 50 microseconds of it
 POLLS_BETWEEN_LOOKS = 16  # at the clock, which costs as much as a few polls
@@ -66,68 +73,11 @@ _WIDTH = len(COLUMNS)
 _RECV, _SEND, _WAIT, _REDUCE, _COPY = (int(op) for op in (Op.RECV, Op.SEND, Op.WAIT, Op.REDUCE, Op.COPY))
 
 
-@intrinsic
-def _call(typingctx: Any, address: Any, arguments: Any) -> Any:
-    """Call the C function at ``address`` with these numbers; its result is an int."""
-
-    def codegen(context: Any, builder: ir.IRBuilder, signature: Any, values: Any) -> ir.Value:
-        unpacked = [builder.extract_value(values[1], i) for i in range(len(arguments))]
-        function = ir.FunctionType(ir.IntType(32), [value.type for value in unpacked])
-        pointer = builder.inttoptr(values[0], function.as_pointer())
-        return builder.call(pointer, unpacked)
-
-    return types.int32(types.int64, arguments), codegen
-
-
-@intrinsic
-def _int64s(typingctx: Any, address: Any) -> Any:
-    """The int64 array at ``address``."""
-
-    def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
-        return builder.inttoptr(args[0], ir.IntType(64).as_pointer())
-
-    return types.CPointer(types.int64)(types.int64), codegen
-
-
-@intrinsic
-def _read_int32(typingctx: Any, address: Any) -> Any:
-    """The int at ``address``, read anew each time."""
-
-    def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
-        return builder.load(builder.inttoptr(args[0], ir.IntType(32).as_pointer()))
-
-    return types.int32(types.int64), codegen
-
-
-@intrinsic
-def _as_float(typingctx: Any, bits: Any) -> Any:
-    """The float64 with these bits."""
-
-    def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
-        return builder.bitcast(args[0], ir.DoubleType())
-
-    return types.float64(types.int64), codegen
-
-
-@intrinsic
-def _copy_bytes(typingctx: Any, dst: Any, src: Any, nbytes: Any) -> Any:
-    """memmove: an input may be given as the output, too."""
-
-    def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
-        byte, word = ir.IntType(8).as_pointer(), ir.IntType(64)
-        move = builder.module.declare_intrinsic("llvm.memmove", [byte, byte, word])
-        dst, src = (builder.inttoptr(arg, byte) for arg in args[:2])
-        builder.call(move, [dst, src, args[2], ir.IntType(1)(0)])
-        return context.get_dummy_value()
-
-    return types.void(types.int64, types.int64, types.int64), codegen
-
-
 @njit(nogil=True, cache=True)
 def _now(s):  # type: ignore[no-untyped-def]
     """Nanoseconds on a clock that only goes forward."""
-    _call(s[CLOCK], (types.int32(CLOCK_MONOTONIC), s[TIME]))
-    time = _int64s(s[TIME])
+    call(s[CLOCK], (types.int32(CLOCK_MONOTONIC), s[TIME]))
+    time = int64s(s[TIME])
     return time[0] * 1_000_000_000 + time[1]
 
 
@@ -139,18 +89,18 @@ def _wait(s, request, patience):  # type: ignore[no-untyped-def]
     deadline = types.int64(0)
     poll = 0
     while True:
-        error = _call(s[TEST], (request, flag, status))
+        error = call(s[TEST], (request, flag, status))
         if error != 0:
             return types.int64(error)
-        if _read_int32(flag) != 0:
+        if read_int32(flag) != 0:
             return DONE
         poll += 1
         if spins == 0 and poll > YIELDS:
             # Yielding on and on, a rank loses its turn: the scheduler may pass it over for milliseconds
             # when its message has come. A rank that wakes from sleep runs at once.
-            _call(s[SLEEP], (s[NAP], types.int64(0)))
+            call(s[SLEEP], (s[NAP], types.int64(0)))
         elif poll > spins:
-            _call(s[YIELD], ())
+            call(s[YIELD], ())
         elif patience != BRIEF and poll % POLLS_BETWEEN_LOOKS != 0:
             continue
         # Counting polls is no substitute: where ranks share cores, one yield may take milliseconds.
@@ -164,8 +114,8 @@ def _wait(s, request, patience):  # type: ignore[no-untyped-def]
 @njit("int64(int64, int64)", nogil=True, cache=True)
 def _advance(state, patience):  # type: ignore[no-untyped-def]
     """Execute rows from PC on, until done, an error, or a message that does not come for a while."""
-    s = _int64s(state)
-    rows = _int64s(s[ROWS])
+    s = int64s(state)
+    rows = int64s(s[ROWS])
     pc = s[PC]
     nrows = s[NROWS]
     result = DONE
@@ -179,17 +129,17 @@ def _advance(state, patience):  # type: ignore[no-untyped-def]
             result = _wait(s, request, patience)
         elif op == _RECV:
             ends = (types.int32(rows[r + 2]), types.int32(s[TAG]))
-            result = _call(s[IRECV], (dst, types.int32(count), s[BYTE], ends[0], ends[1], s[COMM], request))
+            result = call(s[IRECV], (dst, types.int32(count), s[BYTE], ends[0], ends[1], s[COMM], request))
         elif op == _SEND:
             ends = (types.int32(rows[r + 2]), types.int32(s[TAG]))
-            result = _call(s[ISEND], (a, types.int32(count), s[BYTE], ends[0], ends[1], s[COMM], request))
+            result = call(s[ISEND], (a, types.int32(count), s[BYTE], ends[0], ends[1], s[COMM], request))
         elif op == _REDUCE:
             b = s[BUFFERS + rows[r + 8]] + rows[r + 9]
-            _call(s[REDUCE_KERNEL], (dst, a, b, count))
+            call(s[REDUCE_KERNEL], (dst, a, b, count))
         elif op == _COPY:
-            _copy_bytes(dst, a, count)
+            copy_bytes(dst, a, count)
         else:
-            _call(s[SCALE_KERNEL], (dst, count, _as_float(s[FACTOR])))
+            call(s[SCALE_KERNEL], (dst, count, as_float(s[FACTOR])))
         if result != DONE:
             break
         pc += 1
@@ -205,16 +155,14 @@ def _functions() -> dict[int, int]:
     mpi, libc = ctypes.CDLL(MPI.__file__), ctypes.CDLL(None)
     found = {ISEND: mpi.MPI_Isend, IRECV: mpi.MPI_Irecv, TEST: mpi.MPI_Test}
     found |= {YIELD: libc.sched_yield, CLOCK: libc.clock_gettime, SLEEP: libc.nanosleep}
-    return {slot: ctypes.cast(f, ctypes.c_void_p).value or 0 for slot, f in found.items()}
+    return {slot: address_of(f) for slot, f in found.items()}
 
 
-def choose_spins(node: MPI.Intracomm) -> int:
-    """Polls before a waiting rank yields its core: none where the node's ranks outnumber their cores.
-
-    ``node`` is the communicator of the ranks that share memory; the call is collective over it.
-    """
-    cores = set().union(*node.allgather(os.sched_getaffinity(0)))
-    return 0 if node.Get_size() > len(cores) else 1000
+def count_cores(node: MPI.Intracomm) -> int:
+    """How many cores the ranks of ``node``, which share memory, may keep busy together; collective."""
+    bound = set().union(*node.allgather(os.sched_getaffinity(0)))
+    limit = min(node.allgather(cgroup_cpus() or math.inf))
+    return int(math.ceil(min(len(bound), limit)))
 
 
 def _handle(thing: MPI.Intracomm | MPI.Datatype) -> int:
@@ -253,6 +201,9 @@ class MessagePlan:
             state[slot] = self._address + 8 * (slot + 1)
         state[NAP + 2] = SHORT_SLEEP
         self._memory = memoryview(state.data)  # item assignment at a fraction of NumPy's cost
+
+    def retire(self) -> None:
+        """The caller needs the plan no more."""
 
     def bind(self, tag: int, send: int, recv: int) -> None:
         """Use the caller's buffers at these addresses; nothing is sent yet."""

@@ -165,7 +165,7 @@ EVERYWHERE: dict[str, Bad] = {
     "algorithm": (
         lambda: COMM.Allreduce(X, y(), algorithm="quick"),
         ValueError,
-        f"algorithm: expected auto or one of {', '.join(algorithms.names('allreduce'))} for .*got 'quick'",
+        f"algorithm: .* auto or one of {', '.join(algorithms.names('allreduce'))}, shared for .*'quick'",
     ),
     "algorithm of another collective": (
         lambda: COMM.Bcast(X, algorithm="ring"),
@@ -175,7 +175,7 @@ EVERYWHERE: dict[str, Bad] = {
     "algorithm that must know all sizes": (
         lambda: COMM.Gatherv(X, [y(SIZE * len(X)), [len(X)] * SIZE], algorithm="binomial"),
         ValueError,
-        "algorithm: expected auto or one of direct for gather, got 'binomial'",
+        "algorithm: expected auto or one of direct, shared for gather, got 'binomial'",
     ),
     "root": (
         lambda: COMM.Bcast(X, root=SIZE),

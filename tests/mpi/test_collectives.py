@@ -127,7 +127,7 @@ def test_the_communicators_algorithm_is_used_where_it_exists(monkeypatch: pytest
         return schedule(collective, algorithm, *args)
 
     monkeypatch.setattr(algorithms, "schedule", recording)
-    with mpicoll.Communicator(MPI.COMM_WORLD, algorithm="double_tree") as comm:
+    with mpicoll.Communicator(MPI.COMM_WORLD, algorithm="double_tree", transport="messages") as comm:
         x, y = np.arange(4.0), np.empty(4)
         comm.Allreduce(x, y)
         comm.Bcast(x)

@@ -1,0 +1,175 @@
+"""What compiled transports do that Python has no words for: raw memory, atomics, calls of C functions.
+
+Everything is an address, a 64-bit integer. A compiled loop gets one address, of a table of int64 that
+holds its state and the addresses of all else, so that it is compiled once for whatever it works on.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import platform
+from typing import Any
+
+from llvmlite import ir
+from numba import njit, types
+from numba.extending import intrinsic
+
+CLOCK_MONOTONIC = 1  # of Linux
+
+_X86 = platform.machine() == "x86_64"
+_BYTE, _WORD = ir.IntType(8), ir.IntType(64)
+_STREAMED = ir.VectorType(_WORD, 8)  # a cache line
+
+
+@intrinsic
+def call(typingctx: Any, address: Any, arguments: Any) -> Any:
+    """Call the C function at ``address`` with these numbers; its result is an int."""
+
+    def codegen(context: Any, builder: ir.IRBuilder, signature: Any, values: Any) -> ir.Value:
+        return _c_call(builder, values[0], values[1], len(arguments), ir.IntType(32))
+
+    return types.int32(types.int64, arguments), codegen
+
+
+@intrinsic
+def call_long(typingctx: Any, address: Any, arguments: Any) -> Any:
+    """Call the C function at ``address`` with these numbers; its result is 64 bits wide."""
+
+    def codegen(context: Any, builder: ir.IRBuilder, signature: Any, values: Any) -> ir.Value:
+        return _c_call(builder, values[0], values[1], len(arguments), _WORD)
+
+    return types.int64(types.int64, arguments), codegen
+
+
+def _c_call(
+    builder: ir.IRBuilder, address: ir.Value, given: ir.Value, count: int, result: ir.Type
+) -> ir.Value:
+    unpacked = [builder.extract_value(given, i) for i in range(count)]
+    function = ir.FunctionType(result, [value.type for value in unpacked])
+    return builder.call(builder.inttoptr(address, function.as_pointer()), unpacked)
+
+
+@intrinsic
+def int64s(typingctx: Any, address: Any) -> Any:
+    """The int64 array at ``address``."""
+
+    def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
+        return builder.inttoptr(args[0], _WORD.as_pointer())
+
+    return types.CPointer(types.int64)(types.int64), codegen
+
+
+@intrinsic
+def read_int32(typingctx: Any, address: Any) -> Any:
+    """The int at ``address``, read anew each time."""
+
+    def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
+        return builder.load(builder.inttoptr(args[0], ir.IntType(32).as_pointer()))
+
+    return types.int32(types.int64), codegen
+
+
+@intrinsic
+def as_float(typingctx: Any, bits: Any) -> Any:
+    """The float64 with these bits."""
+
+    def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
+        return builder.bitcast(args[0], ir.DoubleType())
+
+    return types.float64(types.int64), codegen
+
+
+@intrinsic
+def load_acquire(typingctx: Any, address: Any) -> Any:
+    """The int64 at ``address``; what its writer wrote before it is there for all later reads."""
+
+    def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
+        return builder.load_atomic(builder.inttoptr(args[0], _WORD.as_pointer()), "acquire", 8)
+
+    return types.int64(types.int64), codegen
+
+
+@intrinsic
+def store_release(typingctx: Any, address: Any, value: Any) -> Any:
+    """Write an int64; who reads it with `load_acquire` sees all that was written before it."""
+
+    def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
+        builder.store_atomic(args[1], builder.inttoptr(args[0], _WORD.as_pointer()), "release", 8)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64), codegen
+
+
+@intrinsic
+def fence(typingctx: Any) -> Any:
+    """Everything written before, also by `copy_streaming`, is seen before anything written after."""
+
+    def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
+        builder.fence("seq_cst")
+        return context.get_dummy_value()
+
+    return types.void(), codegen
+
+
+@intrinsic
+def pause(typingctx: Any) -> Any:
+    """Tell the processor that this is a loop that waits, where it has a word for that."""
+
+    def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
+        if _X86:
+            nothing = ir.FunctionType(ir.VoidType(), ())
+            builder.call(builder.module.declare_intrinsic("llvm.x86.sse2.pause", (), nothing), ())
+        return context.get_dummy_value()
+
+    return types.void(), codegen
+
+
+@intrinsic
+def copy_bytes(typingctx: Any, dst: Any, src: Any, nbytes: Any) -> Any:
+    """memmove: an input may be given as the output, too."""
+
+    def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
+        pointer = _BYTE.as_pointer()
+        move = builder.module.declare_intrinsic("llvm.memmove", [pointer, pointer, _WORD])
+        dst, src = (builder.inttoptr(arg, pointer) for arg in args[:2])
+        builder.call(move, [dst, src, args[2], ir.IntType(1)(0)])
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, types.int64), codegen
+
+
+@intrinsic
+def _stream_line(typingctx: Any, dst: Any, src: Any) -> Any:
+    """Copy a cache line to ``dst``, which begins one, past the caches."""
+
+    def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
+        target, source = (builder.inttoptr(arg, _STREAMED.as_pointer()) for arg in args)
+        value = builder.load(source)
+        value.align = 1
+        store = builder.store(value, target)
+        store.align = 64
+        store.set_metadata("nontemporal", builder.module.add_metadata([ir.IntType(32)(1)]))
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64), codegen
+
+
+@njit(nogil=True, cache=True)
+def copy_streaming(dst, src, nbytes):  # type: ignore[no-untyped-def]
+    """Copy to memory that is not read again soon: it goes past the caches, and is not fetched before.
+
+    Half the traffic of an ordinary copy is saved that way. The two must not overlap. Others see the copy
+    after a `fence` only.
+    """
+    head = min(nbytes, -dst & 63)
+    copy_bytes(dst, src, head)
+    lines = (nbytes - head) // 64
+    for at in range(head, head + lines * 64, 64):
+        _stream_line(dst + at, src + at)
+    done = head + lines * 64
+    copy_bytes(dst + done, src + done, nbytes - done)
+
+
+def address_of(function: Any) -> int:
+    """Where a function of a C library begins."""
+    return ctypes.cast(function, ctypes.c_void_p).value or 0

@@ -1,0 +1,439 @@
+"""The shared transport, as Python sees it: channels between the ranks of a node, and plans that use them.
+
+What happens in a collective, step by step, is in `steps`.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import select
+from collections.abc import Callable, Sequence
+from copy import copy
+from functools import cache
+from typing import Any, NamedTuple, NoReturn, TypeVar
+
+import numpy as np
+from mpi4py import MPI
+
+from mpicoll.faults import MismatchError, RankFailedError
+from mpicoll.kernels import reduce as kernels
+from mpicoll.schedule import CACHE_LINE
+from mpicoll.transports import steps
+from mpicoll.transports.arena import ArenaError, own_arena
+from mpicoll.transports.machine import address_of
+from mpicoll.transports.steps import (
+    ARENA,
+    ARENA_END,
+    ARENAS,
+    AVERAGE,
+    BASE,
+    BLOCKS,
+    BROKEN,
+    CALL,
+    CHANNEL,
+    CHANNEL_SIZE,
+    CLOCK,
+    CLOSED,
+    COLLECTIVES,
+    CONTROL,
+    CULPRIT,
+    DIRECT,
+    DONE,
+    FACTOR,
+    FAR,
+    FIRST,
+    FOLD,
+    FOLDED,
+    FREED,
+    GAVE_UP,
+    GIVEN_UP,
+    ITEM,
+    JOB_SIZE,
+    LARGE,
+    LAST,
+    LENT,
+    LINE_CALL,
+    LINE_SIZE,
+    NAP,
+    NARROW,
+    NEXT,
+    NRANKS,
+    OPERATION,
+    PENDING,
+    PIDS,
+    QUIET,
+    RANK,
+    READ_MEMORY,
+    RECV,
+    RESULT,
+    SCRATCH,
+    SEND,
+    SIZE,
+    SLEEP,
+    SLOT,
+    SMALL,
+    SPINS,
+    STEP,
+    STREAMED,
+    TABLES,
+    TIME,
+    UNREADABLE,
+    VECTORS,
+    YIELD,
+)
+
+PATIENT = 20_000_000  # nanoseconds to wait before Python handles signals
+NOT_FAR = np.iinfo(np.int64).max
+
+
+class Reduction(NamedTuple):
+    """The kernels of one operation on one dtype, and a number that tells it from others."""
+
+    number: int
+    item: int  # bytes of an element
+    first: int  # addresses of kernels, see the words of a job
+    fold: int
+    average: int = 0
+    narrow: int = 0
+
+
+NO_REDUCTION = Reduction(0, 1, 0, 0)
+
+
+_FLOAT32 = np.dtype(np.float32)
+_DTYPES = tuple(sorted(kernels.DTYPES, key=str))
+_NAMES = (*kernels.OPERATIONS, "AVG")
+
+
+@cache
+def reduction(operation: str, dtype: np.dtype[Any], nranks: int) -> Reduction:
+    """What reduces elements of ``dtype``; sums of several 16-bit floats are rounded once, at the end."""
+    number = 1 + _NAMES.index(operation) * len(_DTYPES) + _DTYPES.index(dtype)
+    average = operation == "AVG"
+    kernel = "SUM" if average else operation
+    half = dtype.itemsize == 2 and dtype.kind in "fV"
+    if not half or operation in ("MIN", "MAX") or (nranks == 2 and not average):
+        address = kernels.reduce_kernel(kernel, dtype)
+        scale = kernels.scale_kernel(dtype) if average else 0
+        return Reduction(number, dtype.itemsize, address, address, scale)
+    return Reduction(
+        number,
+        dtype.itemsize,
+        kernels.reduce_kernel(kernel, dtype, _FLOAT32),
+        kernels.reduce_kernel(kernel, dtype, _FLOAT32, _FLOAT32),
+        kernels.scale_kernel(_FLOAT32) if average else 0,
+        kernels.cast_kernel_address(dtype, _FLOAT32),
+    )
+
+
+def operation_name(number: int) -> str:
+    """The operation and dtype with this number."""
+    operation, dtype = divmod(number - 1, len(_DTYPES))
+    return f"{_NAMES[operation]} of {_DTYPES[dtype]}"
+
+
+@cache
+def _functions() -> dict[int, int]:
+    libc = ctypes.CDLL(None)
+    found = {YIELD: libc.sched_yield, CLOCK: libc.clock_gettime, SLEEP: libc.nanosleep}
+    return {slot: address_of(f) for slot, f in found.items()} | {
+        READ_MEMORY: address_of(libc.process_vm_readv)
+    }
+
+
+def _table(words: int) -> np.ndarray[Any, np.dtype[np.int64]]:
+    """Zeros that begin a cache line: ranks of one process's threads must not share one."""
+    raw = np.zeros(words + 8, np.int64)
+    skipped = -raw.ctypes.data // 8 % 8
+    return raw[skipped : skipped + words]
+
+
+class Sizes(NamedTuple):
+    """How a channel works: in bytes, but for the last two."""
+
+    slot: int  # what a rank brings in at once
+    small: int  # up to which a reduction is one shot
+    quiet: int  # up to which other calls do not ask where inputs lie
+    far: int  # of a block from which on it is read from the other process's own memory
+    large: int  # from which on results go past the caches
+    streamed: int  # of a copy from which on what others are to read goes past the caches
+    spins: int  # polls before a waiting rank yields its core
+    nap: int  # nanoseconds of a sleep in a long wait
+
+
+_Made = TypeVar("_Made")
+
+# Channels whose memory other ranks may be reading, even when nothing here refers to them.
+_in_use: set[Channel] = set()
+
+
+class Channel:
+    """What the calls of one communicator share; they go through it one after the other, in one order.
+
+    Making one is collective. ``reason`` says why the ranks cannot share memory; it is None where they can.
+    """
+
+    def __init__(self, comm: MPI.Intracomm, sizes: Sizes) -> None:
+        self.comm = comm
+        self.sizes = sizes
+        self.nranks, self.rank = comm.Get_size(), comm.Get_rank()
+        self.state = _table(CHANNEL_SIZE)
+        self._tables = _table(3 * self.nranks).reshape(3, self.nranks)
+        self._scratch = _table(2 * FOLDED // 8)
+        self.address = self.state.ctypes.data
+        self._set_state()
+        self._twins: dict[int, Channel] = {}
+        self._made = 0  # twins
+        self.retired = False  # whether this rank needs it no more
+        self.reason: str | None = None
+        try:
+            self._connect()
+        except (ArenaError, MemoryError) as error:
+            self.reason = str(error)
+
+    def _set_state(self) -> None:
+        state, sizes = self.state, self.sizes
+        state[RANK], state[NRANKS], state[NEXT] = self.rank, self.nranks, 1
+        state[SLOT], state[RESULT] = sizes.slot, (sizes.slot // self.nranks // CACHE_LINE + 1) * CACHE_LINE
+        state[SMALL], state[QUIET], state[FAR] = sizes.small, sizes.quiet, sizes.far
+        state[LARGE], state[STREAMED], state[SPINS] = sizes.large, sizes.streamed, sizes.spins
+        state[SCRATCH] = self._scratch.ctypes.data
+        state[[BLOCKS, ARENAS, PIDS]] = [table.ctypes.data for table in self._tables]
+        state[[TIME, NAP, VECTORS]] = self.address + 8 * np.array([TIME + 1, NAP + 1, VECTORS + 1])
+        state[NAP + 2] = sizes.nap
+        for slot, address in _functions().items():
+            state[slot] = address
+
+    def _connect(self) -> None:
+        """Exchange where the blocks are, and map them; an exception on one rank is one on all."""
+        arena = self._agreed(own_arena)
+        self.state[ARENA], self.state[ARENA_END] = arena.address, arena.address + arena.size
+        handles = self.comm.allgather((arena.handle, self.address))
+        _blocks, arenas, pids = self._tables
+        pids[:] = [handle.pid for handle, _ in handles]
+        arenas[:] = self._agreed(lambda: [arena.map(handle) for handle, _ in handles])
+        self._make_block()
+        if not all(self.comm.allgather(self._can_read_memory([state for _, state in handles]))):
+            self.state[FAR] = NOT_FAR
+
+    def _make_block(self) -> None:
+        nbytes = int(CONTROL + 2 * self.state[SLOT] + 2 * self.state[RESULT])
+        self._block = self._agreed(lambda: own_arena().take(nbytes, touched=CONTROL))
+        self._control = np.asarray(self._block)[:CONTROL]
+        self._tables[0] = self._tables[1] + self.comm.allgather(self._block.offset)
+        _in_use.add(self)
+
+    def _agreed(self, make: Callable[[], _Made]) -> _Made:
+        """What ``make`` returns, if it raises on no rank."""
+        made, reason = None, None
+        try:
+            made = make()
+        except (ArenaError, MemoryError) as error:
+            reason = f"rank {self.rank}: {error}"
+        reasons = [reason for reason in self.comm.allgather(reason) if reason]
+        if reasons:
+            raise ArenaError(reasons[0])
+        return made  # type: ignore[return-value]
+
+    def _can_read_memory(self, states: Sequence[int]) -> bool:
+        """Whether the system lets this process read the next rank's memory: some containers forbid it."""
+        rank = (self.rank + 1) % self.nranks
+        found = np.zeros(2, np.int64)
+        vectors = np.array([found.ctypes.data, found.nbytes, states[rank], found.nbytes])
+        at = vectors.ctypes.data
+        arguments = (int(self._tables[2][rank]), at, 1, at + 16, 1, 0)
+        copied = ctypes.CDLL(None).process_vm_readv(*map(ctypes.c_long, arguments))
+        return bool(copied == found.nbytes and found.tolist() == [rank, self.nranks])
+
+    def twin(self) -> Channel:
+        """Another channel of the same ranks, for calls that do not wait for this one's; collective."""
+        self._release_twins()
+        twin = copy(self)
+        twin.state, twin._tables, twin._scratch = (
+            _table(table.size).reshape(table.shape) for table in (self.state, self._tables, self._scratch)
+        )
+        twin.address = twin.state.ctypes.data
+        twin._tables[:] = self._tables
+        twin._set_state()
+        twin.state[[ARENA, ARENA_END, FAR]] = self.state[[ARENA, ARENA_END, FAR]]
+        twin._make_block()
+        twin.retired = False
+        self._twins[self._made] = twin
+        self._made += 1
+        return twin
+
+    def _release_twins(self) -> None:
+        """Give back the memory of twins that no rank needs any more: one rank alone cannot know that."""
+        retired = {number for number, twin in self._twins.items() if twin.retired}
+        for number in set.intersection(*self.comm.allgather(retired)):
+            _in_use.discard(self._twins.pop(number))
+
+    def close(self) -> None:
+        """No further call is possible; memory is given back. Collective."""
+        self.state[BROKEN] = FREED
+        self.comm.Barrier()  # others may still be reading what this rank has brought in
+        self._release_twins()
+        _in_use.discard(self)
+
+    @property
+    def reads_foreign_memory(self) -> bool:
+        """Whether ranks read each other's memory outside the arena, too."""
+        return bool(self.state[FAR] != NOT_FAR)
+
+    def check(self) -> None:
+        """Raise `RankFailedError` if another rank cannot be waited for any more."""
+        blocks, _arenas, pids = self._tables
+        for rank in range(self.nranks):
+            block = blocks[rank]
+            if rank == self.rank:
+                continue
+            reason = ctypes.string_at(int(block) + GIVEN_UP)
+            if reason:
+                raise RankFailedError(
+                    f"rank {rank} has left a collective of this communicator: {reason.decode()}"
+                )
+            if has_ended(int(pids[rank])):
+                raise RankFailedError(f"rank {rank} (process {pids[rank]}) has ended")
+
+    def give_up(self, reason: str) -> None:
+        """No further call is possible on any rank; those that wait in one learn of it."""
+        self.state[BROKEN] = GAVE_UP
+        text = reason.encode()[: CONTROL - GIVEN_UP - 1] + b"\0"
+        self._control[GIVEN_UP : GIVEN_UP + len(text)] = np.frombuffer(text, np.uint8)
+
+
+@cache
+def _process(pid: int) -> int | None:
+    """A descriptor of a process, readable when it has ended; None where there is no such process."""
+    try:
+        return os.pidfd_open(pid)
+    except OSError:
+        return None
+
+
+def has_ended(pid: int) -> bool:
+    """Whether a process of this node has ended, be it that nobody has asked for its status yet."""
+    descriptor = _process(pid)
+    return descriptor is None or bool(select.select([descriptor], [], [], 0)[0])
+
+
+class SharedPlan:
+    """A job's words and tables: a collective over a channel, to be bound to buffers and run again and again."""
+
+    scratch = 0  # bytes of its own: the channel has all there is
+
+    def __init__(self, channel: Channel, reduction: Reduction = NO_REDUCTION) -> None:
+        self.channel = channel
+        self.words = words = _table(JOB_SIZE)
+        self._tables = _table(len(TABLES) * channel.nranks).reshape(len(TABLES), channel.nranks)
+        words[CHANNEL] = channel.address
+        words[list(TABLES)] = [table.ctypes.data for table in self._tables]
+        words[FACTOR : FACTOR + 1].view(np.float64)[0] = 1 / channel.nranks
+        words[OPERATION], words[ITEM] = reduction.number, reduction.item
+        words[FIRST], words[FOLD] = reduction.first, reduction.fold
+        words[AVERAGE], words[NARROW] = reduction.average, reduction.narrow
+        self.address = words.ctypes.data
+        self._memory = memoryview(words.data)  # item assignment at a fraction of NumPy's cost
+
+    def set_up(self, collective: str, count: int, root: int = 0) -> SharedPlan:
+        """For blocks that are equally large: ``count`` elements, or bytes where nothing is added."""
+        steps.set_up(self.address, COLLECTIVES.index(collective), count, root)
+        return self
+
+    def set_up_blocks(
+        self,
+        collective: str,
+        sent: tuple[Sequence[int], Sequence[int]],
+        received: tuple[Sequence[int], Sequence[int]],
+        root: int = 0,
+        uneven: bool = False,
+    ) -> SharedPlan:
+        """For blocks of any size: where those sent to, and received from, each rank are, and how long.
+
+        ``uneven``: the ranks do not know each other's sizes.
+        """
+        self._tables[2:] = [*sent, *received]
+        steps.set_up_blocks(self.address, COLLECTIVES.index(collective), root, uneven)
+        return self
+
+    def move_to(self, channel: Channel) -> None:
+        """Go through a `Channel.twin` of the channel that the plan was made for."""
+        self.channel = channel
+        self.words[CHANNEL] = channel.address
+
+    def bind(self, tag: int, send: int, recv: int) -> None:
+        """Use the caller's buffers at these addresses. ``tag`` is for transports that need one."""
+        self._memory[SEND] = send
+        self._memory[RECV] = recv
+
+    def run(self, tag: int, send: int, recv: int) -> None:
+        """`bind` and `advance` to the end."""
+        self._memory[SEND] = send
+        self._memory[RECV] = recv
+        if steps.advance(self.address, PATIENT) != DONE:
+            self.finish()
+
+    def finish(self) -> None:
+        """Go on to the end, looking after signals and the other ranks now and then."""
+        while not self.advance():
+            pass
+
+    def advance(self, patience: int = PATIENT) -> bool:
+        """Go on; whether the collective is complete on this rank.
+
+        Returns false when nobody has published anything for ``patience`` nanoseconds. Raises
+        `RankFailedError` if a rank has ended or given up, `MismatchError` if one is in another collective.
+        """
+        try:
+            result = steps.advance(self.address, patience)
+            if result == DONE:
+                return True
+            if result != PENDING:
+                self._raise_error(result)
+            if patience == PATIENT:
+                self.channel.check()
+            return False
+        except BaseException as error:
+            self._break_off(error)
+            raise
+
+    def retire(self) -> None:
+        """The caller needs the plan, and its own channel, no more."""
+        self.channel.retired = True
+
+    def _break_off(self, error: BaseException) -> None:
+        words = self.words
+        if self.channel.state[BROKEN]:
+            return
+        if words[STEP] == words[LAST] > 0 and not words[DIRECT] and not words[LENT]:
+            # The others have all that they need from this rank: it may go on to the next call.
+            self.channel.state[NEXT] = words[BASE] + words[LAST]
+            words[STEP] = 0
+        else:
+            self.channel.give_up(f"{type(error).__name__}: {error}")
+
+    def _raise_error(self, result: int) -> NoReturn:
+        culprit = int(self.words[CULPRIT])
+        if result == CLOSED and self.channel.state[BROKEN] == FREED:
+            raise RuntimeError("this communicator has been freed")
+        if result == CLOSED:
+            raise RankFailedError(
+                "a collective of this communicator was broken off, so no further one is possible: use "
+                "another communicator, such as a Dup() made before"
+            )
+        if result == UNREADABLE:
+            raise OSError(f"the memory of rank {culprit} could not be read")
+        line = self.channel._tables[0][culprit] + (int(self.words[BASE]) & 1) * CACHE_LINE
+        theirs = np.frombuffer(ctypes.string_at(int(line), CACHE_LINE), np.int64)
+        raise MismatchError(
+            f"rank {self.channel.rank} is in {describe(self.words[CALL], self.words[SIZE])}, "
+            f"rank {culprit} in {describe(theirs[LINE_CALL], theirs[LINE_SIZE])}"
+        )
+
+
+def describe(code: int, size: int) -> str:
+    """A call as a person would write it, from what a control line says."""
+    collective, root, operation = int(code) & 255, int(code) >> 8 & 0xFFFFFF, int(code) >> 32
+    what = f"{size} bytes" if operation == 0 else f"{operation_name(operation)}, {size} elements"
+    return f"{COLLECTIVES[collective]}({what}, root={root})"
