@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial, wraps
 from typing import Any
 
@@ -10,13 +10,14 @@ import numpy as np
 import numpy.typing as npt
 from mpi4py import MPI
 
-from mpicoll import algorithms, tuning
+from mpicoll import algorithms, fastcalls, tuning
 from mpicoll.calls import CallMaker
+from mpicoll.fastcalls import FastMethod
 from mpicoll.repeated import RepeatedCalls, signature
 from mpicoll.requests import Call, PersistentCall, Request
 from mpicoll.transports.arena import new_array
 from mpicoll.transports.messages import count_cores
-from mpicoll.transports.shared import Channel, SharedPlan
+from mpicoll.transports.shared import Channel, Reduction, SharedPlan
 
 ONE_SHOT_TAGS = 16_384  # they count from 0, and begin anew long after a call with the same tag has ended
 TRANSPORTS = ("auto", "shared", "messages")
@@ -44,6 +45,7 @@ def _blocking(prepare: _Prepare, native: Callable[..., None], remembered: bool =
             return
         self._tag = tag = (self._tag + 1) % ONE_SHOT_TAGS
         call.run(tag)
+        self._learn(prepare.__name__, call, args, kwargs)
         if not (remembered and self._repeated.remember(key, call, args)):
             self._maker.release(call)
 
@@ -150,6 +152,7 @@ class Communicator(MPI.Intracomm):
         if self._channel is not None:
             self._maker = CallMaker(self._private, spins, self._algorithm, self._channel)
         self._repeated = RepeatedCalls(self._maker.release)
+        self._quicken()
         node.Free()
         self._tag = 0
         self._persistent_tag = 0
@@ -167,6 +170,29 @@ class Communicator(MPI.Intracomm):
         if self._transport == "shared":
             raise RuntimeError(f"transport: expected auto or messages, got shared, but {reason}")
         return None
+
+    def _quicken(self) -> None:
+        """Put compiled methods before the Python methods of the same names, where memory is shared."""
+        self._fast: dict[str, FastMethod] = {}
+        if self._channel is None or not fastcalls.available():
+            return
+        plan = SharedPlan(self._channel)
+        for name in fastcalls.METHODS:
+            fast = FastMethod(name, plan, getattr(self, name))
+            self._fast[name.lower()] = fast
+            setattr(self, name, fast.call)
+
+    def _learn(self, name: str, call: Call, args: tuple[Any, ...], named: Mapping[str, Any]) -> None:
+        """Let the compiled method do calls like this one from now on."""
+        fast = self._fast.get(name)
+        arrays = [arg for arg in args[:2] if type(arg) is np.ndarray]
+        if fast is None or not arrays or not arrays[-1].dtype.isbuiltin or type(call.plan) is not SharedPlan:
+            return
+        dtype, reduction = arrays[-1].dtype, call.plan.reduction
+        if reduction.number:
+            fast.learn(dtype, named.get("op", args[2] if len(args) > 2 else MPI.SUM), reduction)
+        else:
+            fast.learn(dtype, None, Reduction(0, dtype.itemsize, 0, 0))
 
     def _adopt(self, comm: MPI.Comm) -> Any:
         """A communicator that MPI made from this one, as a `Communicator` that owns it."""

@@ -12,8 +12,11 @@ import threading
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal
 
+import numpy as np
 from mpi4py import MPI
 
+from mpicoll import fastcalls
+from mpicoll.fastcalls import FastStart
 from mpicoll.transports.messages import BRIEF, PATIENT, MessagePlan
 from mpicoll.transports.shared import SharedPlan
 
@@ -210,8 +213,21 @@ class PersistentCall:
 
     def __init__(self, call: Call, tag: int) -> None:
         self._call: Call | None = call
-        self._active = False
+        self._state = np.zeros(fastcalls.STATE_SIZE, np.int64)
         call.bind(tag)
+        if isinstance(call.plan, SharedPlan) and not (call.before or call.after) and fastcalls.available():
+            # These shadow the methods below, which do the same and handle whatever goes wrong.
+            fast = FastStart(call.plan, self.Start, self.Wait)
+            self._state, self.Start, self.Wait = fast.state, fast.start, fast.wait  # type: ignore[method-assign]
+
+    @property
+    def _active(self) -> bool:
+        """Whether a start has not been completed."""
+        return bool(self._state[fastcalls.ACTIVE])
+
+    @_active.setter
+    def _active(self, active: bool) -> None:
+        self._state[fastcalls.ACTIVE] = active
 
     def Start(self) -> None:
         """Begin. Raises RuntimeError if the previous start has not been completed."""
@@ -241,6 +257,8 @@ class PersistentCall:
         if self._call is not None:
             self._call.plan.retire()
         self._call = None
+        for compiled in ("Start", "Wait"):
+            self.__dict__.pop(compiled, None)
 
     def __del__(self) -> None:
         if self._active and self._call is not None:

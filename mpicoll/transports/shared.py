@@ -325,6 +325,7 @@ class SharedPlan:
 
     def __init__(self, channel: Channel, reduction: Reduction = NO_REDUCTION) -> None:
         self.channel = channel
+        self.reduction = reduction
         self.words = words = _table(JOB_SIZE)
         self._tables = _table(len(TABLES) * channel.nranks).reshape(len(TABLES), channel.nranks)
         words[CHANNEL] = channel.address

@@ -132,6 +132,8 @@ MISMATCH = -2
 UNREADABLE = -3
 CLOSED = -4
 
+SPIN = 1  # nanoseconds to wait: spin, but do not yield the core
+
 GAVE_UP, FREED = 1, 2  # why a channel is closed
 
 EVERYONE = -1
@@ -183,6 +185,8 @@ def _poll(c, line, step, patience):  # type: ignore[no-untyped-def]
         if load_acquire(line) >= step:
             return True
         pause()
+    if patience == SPIN:
+        return False
     deadline = _now(c) + patience
     polls = 0
     while load_acquire(line) < step:
@@ -581,11 +585,13 @@ def advance(job, patience):  # type: ignore[no-untyped-def]
             return PENDING
         if t == 1:
             if not _agree(c, j):
+                j[STEP] = t
                 return MISMATCH
             if j[SETTLES] != 0:
                 _settle(c, j)
         result = _work(c, j, t)
         if result != DONE:
+            j[STEP] = t
             return result
         if t == j[LAST]:
             break
