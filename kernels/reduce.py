@@ -10,12 +10,17 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numba import cfunc, njit, types
+from numba import njit, types
 
+from .caching import CachedCode
 from .elements import BFLOAT16_DTYPE, element_type, load, same_address, store
+
+
+_CACHED = CachedCode(Path(__file__).parent.glob("*.py"))
 
 
 @njit(inline="always")
@@ -177,7 +182,7 @@ def check_supported(op: str, dtype: np.dtype[Any]) -> None:
 @cache
 def _compiled(kernel: Callable[..., None], *arguments: types.Type) -> Any:
     """The kernel as a C function; kept for good, for compiled code holds its address."""
-    return cfunc(types.void(*arguments), cache=True)(kernel)
+    return _CACHED.cfunc(types.void(*arguments))(kernel)
 
 
 def reduce_kernel(

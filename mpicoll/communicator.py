@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial, wraps
+from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ import numpy.typing as npt
 from mpi4py import MPI
 
 from mpicoll import algorithms, fastcalls, tuning
-from mpicoll.calls import CallMaker
+from mpicoll.calls import SHARED, CallMaker, Plan
 from mpicoll.fastcalls import FastMethod
 from mpicoll.repeated import RepeatedCalls, signature
 from mpicoll.requests import Call, PersistentCall, Request
@@ -36,15 +37,13 @@ def _blocking(prepare: _Prepare, native: Callable[..., None], remembered: bool =
         key = signature(prepare, args, kwargs)
         known = self._repeated.match(key, args)
         if known is not None:
-            self._tag = tag = (self._tag + 1) % ONE_SHOT_TAGS
-            known.run(tag)
+            known.run(self._next_tag(known.plan))
             return
         call = prepare(self._maker, *args, **kwargs)
         if call is None:
             native(self, *args, **_without_algorithm(kwargs))
             return
-        self._tag = tag = (self._tag + 1) % ONE_SHOT_TAGS
-        call.run(tag)
+        call.run(self._next_tag(call.plan))
         self._learn(prepare.__name__, call, args, kwargs)
         if not (remembered and self._repeated.remember(key, call, args)):
             self._maker.release(call)
@@ -63,8 +62,7 @@ def _nonblocking(prepare: _Prepare, native: Callable[..., MPI.Request]) -> Any:
         call = prepare(self._messages, *args, **kwargs)
         if call is None:
             return native(self, *args, **_without_algorithm(kwargs))
-        self._tag = tag = (self._tag + 1) % ONE_SHOT_TAGS
-        return Request(call, tag, partial(self._messages.release, call))
+        return Request(call, self._next_tag(call.plan), partial(self._messages.release, call))
 
     return method
 
@@ -127,6 +125,7 @@ class Communicator(MPI.Intracomm):
         self, comm: MPI.Intracomm | None = None, algorithm: str = "auto", transport: str = "auto"
     ) -> None:
         known = {name for collective in algorithms.ALGORITHMS for name in algorithms.names(collective)}
+        known.add(SHARED)
         if transport not in TRANSPORTS:
             raise ValueError(f"transport: expected one of {', '.join(TRANSPORTS)}; got {transport!r}")
         if algorithm != "auto" and algorithm not in known:
@@ -182,6 +181,12 @@ class Communicator(MPI.Intracomm):
             self._fast[name.lower()] = fast
             setattr(self, name, fast.call)
 
+    def _next_tag(self, plan: Plan) -> int:
+        """A tag for a call; those that need none must not count, for some are compiled and cannot."""
+        if plan.tagged:
+            self._tag = (self._tag + 1) % ONE_SHOT_TAGS
+        return self._tag
+
     def _learn(self, name: str, call: Call, args: tuple[Any, ...], named: Mapping[str, Any]) -> None:
         """Let the compiled method do calls like this one from now on."""
         fast = self._fast.get(name)
@@ -216,7 +221,12 @@ class Communicator(MPI.Intracomm):
     def __enter__(self) -> Communicator:
         return self
 
-    def __exit__(self, *error: object) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is not None and self._channel is not None:
+            # The other ranks may be waiting for this one: they learn what it met.
+            self._channel.give_up(f"{type(error).__name__}: {error}")
         self.Free()
 
     def alloc(self, shape: int | Sequence[int], dtype: npt.DTypeLike = np.float64) -> np.ndarray[Any, Any]:

@@ -20,10 +20,10 @@ from typing import Any
 
 import numpy as np
 from mpi4py import MPI
-from numba import cfunc, njit, types
+from numba import njit, types
 
 from mpicoll.transports import steps
-from mpicoll.transports.machine import address_of, call, call_long, int64s
+from mpicoll.transports.machine import CACHED, address_of, call, call_long, int64s
 from mpicoll.transports.shared import PATIENT, Reduction, SharedPlan
 from mpicoll.transports.steps import (
     AVERAGE,
@@ -90,14 +90,14 @@ METHODS = {
 }
 
 
-@njit(cache=True)
+@njit
 def _is_plain(s, thing, flags):  # type: ignore[no-untyped-def]
     """Whether an object is an array in one piece that has these flags."""
     words = int64s(thing)
     return words[TYPE] == s[ARRAY] and words[FLAGS] & CONTIGUOUS != 0 and words[FLAGS] & flags == flags
 
 
-@njit(cache=True)
+@njit
 def _size(thing):  # type: ignore[no-untyped-def]
     """How many elements an array has."""
     words = int64s(thing)
@@ -108,7 +108,7 @@ def _size(thing):  # type: ignore[no-untyped-def]
     return size
 
 
-@njit(cache=True)
+@njit
 def _find_kind(s, dtype, operation):  # type: ignore[no-untyped-def]
     """Where the state says how elements are reduced, or how large they are; 0 if they are not known."""
     for index in range(s[KNOWN]):
@@ -118,13 +118,13 @@ def _find_kind(s, dtype, operation):  # type: ignore[no-untyped-def]
     return 0
 
 
-@njit(cache=True)
+@njit
 def _use_kind(s, j, at):  # type: ignore[no-untyped-def]
     j[OPERATION], j[ITEM], j[FIRST] = s[at + 2], s[at + 3], s[at + 4]
     j[FOLD], j[AVERAGE], j[NARROW] = s[at + 5], s[at + 6], s[at + 7]
 
 
-@njit(cache=True)
+@njit
 def _set_up(s, buffers, nbuffers, operation, root):  # type: ignore[no-untyped-def]
     """Make the job of a call; the bytes that it is about, or -1 if it is no plain one."""
     j = int64s(s[JOB])
@@ -173,7 +173,7 @@ def _set_up(s, buffers, nbuffers, operation, root):  # type: ignore[no-untyped-d
     return max(sent, count) * item
 
 
-@njit(cache=True)
+@njit
 def _number(s, thing):  # type: ignore[no-untyped-def]
     """The value of an int; -1 for anything else, and for what is too large."""
     if int64s(thing)[TYPE] != s[INT]:
@@ -182,7 +182,7 @@ def _number(s, thing):  # type: ignore[no-untyped-def]
     return value if 0 <= value < 1 << 24 else types.int64(-1)
 
 
-@njit(cache=True)
+@njit
 def _parse(s, args, nargs, names):  # type: ignore[no-untyped-def]
     """Find buffers, operation and root among the arguments, and set the job up; -1 for no plain call."""
     collective = s[COLLECTIVE]
@@ -214,14 +214,14 @@ def _parse(s, args, nargs, names):  # type: ignore[no-untyped-def]
     return _set_up(s, given, nbuffers, operation, root)
 
 
-@njit(cache=True)
+@njit
 def _result(s, thing):  # type: ignore[no-untyped-def]
     """Return a Python object."""
     call(s[INCREF], (thing,))
     return thing
 
 
-@njit(cache=True)
+@njit
 def _complete(s, nbytes):  # type: ignore[no-untyped-def]
     """Run the job; false if that takes so long that signals must be looked after, or if it goes wrong."""
     if nbytes <= QUICK and steps.advance(s[JOB], SPIN) == DONE:
@@ -232,14 +232,14 @@ def _complete(s, nbytes):  # type: ignore[no-untyped-def]
     return result == DONE
 
 
-@njit(cache=True)
+@njit
 def _finish(s):  # type: ignore[no-untyped-def]
     """Leave the rest to Python."""
     none = types.int64(0)
     return call_long(s[VECTORCALL], (s[FINISH], none, none, none))
 
 
-@cfunc("int64(int64, int64, int64, int64)", cache=True)
+@CACHED.cfunc("int64(int64, int64, int64, int64)")
 def _call_collective(me, args, nargs, names):  # type: ignore[no-untyped-def]
     s = int64s(int64s(me)[DATA])
     nbytes = _parse(s, args, nargs, names)
@@ -250,7 +250,7 @@ def _call_collective(me, args, nargs, names):  # type: ignore[no-untyped-def]
     return _finish(s)
 
 
-@cfunc("int64(int64, int64, int64, int64)", cache=True)
+@CACHED.cfunc("int64(int64, int64, int64, int64)")
 def _start(me, args, nargs, names):  # type: ignore[no-untyped-def]
     s = int64s(int64s(me)[DATA])
     if s[ACTIVE] != 0 or nargs != 0 or names != 0:
@@ -260,7 +260,7 @@ def _start(me, args, nargs, names):  # type: ignore[no-untyped-def]
     return _result(s, s[NONE])
 
 
-@cfunc("int64(int64, int64, int64, int64)", cache=True)
+@CACHED.cfunc("int64(int64, int64, int64, int64)")
 def _wait(me, args, nargs, names):  # type: ignore[no-untyped-def]
     s = int64s(int64s(me)[DATA])
     if nargs != 0 or names != 0:

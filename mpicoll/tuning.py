@@ -93,11 +93,11 @@ def sizes(nranks: int, cores: int) -> Sizes:
     crowded = nranks > cores
     return Sizes(
         slot=(MIB if crowded else 256 * KIB),
-        small=(64 * KIB if crowded else 8 * KIB),
+        ring=(5 * MIB if crowded else 2560 * KIB),
+        small=(64 * KIB if crowded else 6 * KIB),
         quiet=16 * KIB,
         far=256 * KIB,
-        large=8 * MIB,
-        streamed=4 * KIB,
+        large=4 * MIB,
         spins=0 if crowded else 2000,
         nap=1000,
     )

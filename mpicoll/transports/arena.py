@@ -13,6 +13,7 @@ import contextlib
 import ctypes
 import math
 import mmap
+import operator
 import os
 import threading
 import weakref
@@ -259,7 +260,7 @@ def new_array(shape: int | Sequence[int], dtype: npt.DTypeLike) -> np.ndarray[An
     kind = np.dtype(dtype)
     if kind.hasobject:
         raise TypeError(f"dtype: expected numbers or bytes, got {kind}, which refers to Python objects")
-    dimensions = tuple(int(n) for n in shape) if isinstance(shape, Sequence) else (int(shape),)
+    dimensions = tuple(map(operator.index, shape if isinstance(shape, Sequence) else (shape,)))
     if any(n < 0 for n in dimensions):
         raise ValueError(f"shape: expected dimensions of 0 or more, got {shape}")
     nbytes = math.prod(dimensions) * kind.itemsize

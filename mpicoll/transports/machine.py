@@ -8,11 +8,17 @@ from __future__ import annotations
 
 import ctypes
 import platform
+from pathlib import Path
 from typing import Any
 
 from llvmlite import ir
 from numba import njit, types
 from numba.extending import intrinsic
+
+from mpicoll.kernels.caching import CachedCode
+
+_HERE = Path(__file__).parent
+CACHED = CachedCode([*_HERE.glob("*.py"), _HERE.parent / "schedule.py", _HERE.parent / "fastcalls.py"])
 
 CLOCK_MONOTONIC = 1  # of Linux
 
@@ -154,7 +160,7 @@ def _stream_line(typingctx: Any, dst: Any, src: Any) -> Any:
     return types.void(types.int64, types.int64), codegen
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def copy_streaming(dst, src, nbytes):  # type: ignore[no-untyped-def]
     """Copy to memory that is not read again soon: it goes past the caches, and is not fetched before.
 

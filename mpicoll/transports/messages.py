@@ -22,6 +22,7 @@ from numba import njit, types
 
 from mpicoll.launch import cgroup_cpus
 from mpicoll.transports.machine import (
+    CACHED,
     CLOCK_MONOTONIC,
     address_of,
     as_float,
@@ -73,7 +74,7 @@ _WIDTH = len(COLUMNS)
 _RECV, _SEND, _WAIT, _REDUCE, _COPY = (int(op) for op in (Op.RECV, Op.SEND, Op.WAIT, Op.REDUCE, Op.COPY))
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def _now(s):  # type: ignore[no-untyped-def]
     """Nanoseconds on a clock that only goes forward."""
     call(s[CLOCK], (types.int32(CLOCK_MONOTONIC), s[TIME]))
@@ -81,7 +82,7 @@ def _now(s):  # type: ignore[no-untyped-def]
     return time[0] * 1_000_000_000 + time[1]
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def _wait(s, request, patience):  # type: ignore[no-untyped-def]
     """Poll one request: DONE, PENDING after ``patience`` nanoseconds, or an error code."""
     flag, status = s[FLAG], s[STATUS]
@@ -111,7 +112,7 @@ def _wait(s, request, patience):  # type: ignore[no-untyped-def]
             return PENDING
 
 
-@njit("int64(int64, int64)", nogil=True, cache=True)
+@CACHED.njit("int64(int64, int64)")
 def _advance(state, patience):  # type: ignore[no-untyped-def]
     """Execute rows from PC on, until done, an error, or a message that does not come for a while."""
     s = int64s(state)
@@ -177,6 +178,8 @@ class MessagePlan:
     `bind` the buffers' addresses, then call `advance` until it says true; the next `advance` begins anew. The
     handles, the scratch memory and the compiled rows are made once and serve every time.
     """
+
+    tagged = True  # calls are told from each other by a tag
 
     def __init__(
         self, program: Program, comm: MPI.Intracomm, spins: int, kernel: int = 0, scale: int = 0

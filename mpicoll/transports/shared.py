@@ -66,7 +66,8 @@ from mpicoll.transports.steps import (
     RANK,
     READ_MEMORY,
     RECV,
-    RESULT,
+    COSTS,
+    RING,
     SCRATCH,
     SEND,
     SIZE,
@@ -75,7 +76,6 @@ from mpicoll.transports.steps import (
     SMALL,
     SPINS,
     STEP,
-    STREAMED,
     TABLES,
     TIME,
     UNREADABLE,
@@ -153,11 +153,11 @@ class Sizes(NamedTuple):
     """How a channel works: in bytes, but for the last two."""
 
     slot: int  # what a rank brings in at once
+    ring: int  # where it does so, one piece after the other; at least five slots
     small: int  # up to which a reduction is one shot
     quiet: int  # up to which other calls do not ask where inputs lie
     far: int  # of a block from which on it is read from the other process's own memory
     large: int  # from which on results go past the caches
-    streamed: int  # of a copy from which on what others are to read goes past the caches
     spins: int  # polls before a waiting rank yields its core
     nap: int  # nanoseconds of a sleep in a long wait
 
@@ -195,12 +195,12 @@ class Channel:
     def _set_state(self) -> None:
         state, sizes = self.state, self.sizes
         state[RANK], state[NRANKS], state[NEXT] = self.rank, self.nranks, 1
-        state[SLOT], state[RESULT] = sizes.slot, (sizes.slot // self.nranks // CACHE_LINE + 1) * CACHE_LINE
+        state[SLOT], state[RING] = sizes.slot, sizes.ring
         state[SMALL], state[QUIET], state[FAR] = sizes.small, sizes.quiet, sizes.far
-        state[LARGE], state[STREAMED], state[SPINS] = sizes.large, sizes.streamed, sizes.spins
+        state[LARGE], state[SPINS] = sizes.large, sizes.spins
         state[SCRATCH] = self._scratch.ctypes.data
         state[[BLOCKS, ARENAS, PIDS]] = [table.ctypes.data for table in self._tables]
-        state[[TIME, NAP, VECTORS]] = self.address + 8 * np.array([TIME + 1, NAP + 1, VECTORS + 1])
+        state[[TIME, NAP, VECTORS, COSTS]] = self.address + 8 * (np.array([TIME, NAP, VECTORS, COSTS]) + 1)
         state[NAP + 2] = sizes.nap
         for slot, address in _functions().items():
             state[slot] = address
@@ -218,7 +218,7 @@ class Channel:
             self.state[FAR] = NOT_FAR
 
     def _make_block(self) -> None:
-        nbytes = int(CONTROL + 2 * self.state[SLOT] + 2 * self.state[RESULT])
+        nbytes = CONTROL + self.sizes.ring
         self._block = self._agreed(lambda: own_arena().take(nbytes, touched=CONTROL))
         self._control = np.asarray(self._block)[:CONTROL]
         self._tables[0] = self._tables[1] + self.comm.allgather(self._block.offset)
@@ -271,6 +271,8 @@ class Channel:
 
     def close(self) -> None:
         """No further call is possible; memory is given back. Collective."""
+        if self.state[BROKEN]:
+            return  # others may be anywhere: what they may be reading stays where it is
         self.state[BROKEN] = FREED
         self.comm.Barrier()  # others may still be reading what this rank has brought in
         self._release_twins()
@@ -321,6 +323,7 @@ def has_ended(pid: int) -> bool:
 class SharedPlan:
     """A job's words and tables: a collective over a channel, to be bound to buffers and run again and again."""
 
+    tagged = False
     scratch = 0  # bytes of its own: the channel has all there is
 
     def __init__(self, channel: Channel, reduction: Reduction = NO_REDUCTION) -> None:
@@ -386,6 +389,7 @@ class SharedPlan:
         Returns false when nobody has published anything for ``patience`` nanoseconds. Raises
         `RankFailedError` if a rank has ended or given up, `MismatchError` if one is in another collective.
         """
+        result = PENDING
         try:
             result = steps.advance(self.address, patience)
             if result == DONE:
@@ -396,18 +400,18 @@ class SharedPlan:
                 self.channel.check()
             return False
         except BaseException as error:
-            self._break_off(error)
+            self._break_off(error, waiting=result == PENDING)
             raise
 
     def retire(self) -> None:
         """The caller needs the plan, and its own channel, no more."""
         self.channel.retired = True
 
-    def _break_off(self, error: BaseException) -> None:
+    def _break_off(self, error: BaseException, waiting: bool) -> None:
         words = self.words
         if self.channel.state[BROKEN]:
             return
-        if words[STEP] == words[LAST] > 0 and not words[DIRECT] and not words[LENT]:
+        if waiting and words[STEP] == words[LAST] > 0 and not words[DIRECT] and not words[LENT]:
             # The others have all that they need from this rank: it may go on to the next call.
             self.channel.state[NEXT] = words[BASE] + words[LAST]
             words[STEP] = 0

@@ -30,6 +30,7 @@ from numba import njit, types
 
 from mpicoll.schedule import CACHE_LINE, chunk_start
 from mpicoll.transports.machine import (
+    CACHED,
     CLOCK_MONOTONIC,
     as_float,
     call,
@@ -48,8 +49,8 @@ RANK = 0
 NRANKS = 1
 NEXT = 2  # the number of the next step
 KNOWN = 3  # all ranks are known to have published this step
-SLOT = 4  # bytes of one slot
-RESULT = 5  # bytes of one result
+SLOT = 4  # bytes that a rank brings in at once, at most
+RING = 5  # bytes of the ring in which it does
 BLOCKS = 6  # address of a table: every rank's block
 ARENAS = 7  # address of a table: every rank's arena
 PIDS = 8  # address of a table: every rank's process number
@@ -68,9 +69,11 @@ SMALL = 28  # bytes up to which a reduction is one shot
 QUIET = 29  # bytes up to which other calls do not ask where inputs lie
 FAR = 30  # bytes of a block from which on others' memory is read
 LARGE = 31  # bytes from which on results go past the caches
-STREAMED = 32  # bytes of a copy from which on what others are to read goes past the caches
+POSITION = 32  # where the ring is free
 UNFENCED = 33  # whether that has happened since the last step was published
 BROKEN = 34  # whether no further call is possible
+BRINGS = 35  # how often something large has been brought in
+COSTS = 36  # time per byte of doing so through the caches, and past them
 CHANNEL_SIZE = 40
 
 # -- a job's state: one collective call.
@@ -110,8 +113,12 @@ SEND_LENGTH = 32
 RECV_AT = 33  # the block from each rank in RECV
 RECV_LENGTH = 34
 CULPRIT = 35  # the rank that is in another call, or whose memory cannot be read
+STRIDE = 37  # bytes of the ring for a step, the same on all ranks
+PLACE = 38  # where in the ring this step's are, and the ones before
+PREVIOUS = 39
+RESULTS = 40  # where after that the results begin
 OPERATION = 36  # a number for operation and dtype, for the ranks to compare
-JOB_SIZE = 40
+JOB_SIZE = 48
 TABLES = (SOURCES, TERMS, SEND_AT, SEND_LENGTH, RECV_AT, RECV_LENGTH)
 
 # -- a block: two control lines, the line that says whether the rank has given up, then slots and results.
@@ -140,6 +147,10 @@ EVERYONE = -1
 NOBODY = -2
 NEVER = -1
 
+STREAMABLE = 4 << 10  # bytes of a copy from which on the caches may be passed by
+TIMED_ONCE_IN = 32  # copies, the cost of one is measured
+TRIED_ONCE_IN = 8  # measurements, one is of the way that has seemed to be the slower one
+
 FOLDED = 16 << 10  # bytes that are reduced over all ranks before the next: they stay in the first-level cache
 POLLS_BETWEEN_LOOKS = 64  # at the clock
 
@@ -147,26 +158,31 @@ POLLS_BETWEEN_LOOKS = 64  # at the clock
 _chunk_start = njit(inline="always")(chunk_start)
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def _line(c, rank, step):  # type: ignore[no-untyped-def]
     """The control line in which a rank publishes a step."""
     return int64s(c[BLOCKS])[rank] + (step & 1) * CACHE_LINE
 
 
-@njit(nogil=True, cache=True)
-def _slot(c, rank, step):  # type: ignore[no-untyped-def]
-    return int64s(c[BLOCKS])[rank] + CONTROL + (step & 1) * c[SLOT]
+@njit(nogil=True)
+def _slot(c, rank, place):  # type: ignore[no-untyped-def]
+    """Where in a rank's ring a place is: all ranks use the same places in the same steps."""
+    return int64s(c[BLOCKS])[rank] + CONTROL + place
 
 
-@njit(nogil=True, cache=True)
-def _result(c, rank, step):  # type: ignore[no-untyped-def]
-    return int64s(c[BLOCKS])[rank] + CONTROL + 2 * c[SLOT] + (step & 1) * c[RESULT]
+@njit(nogil=True)
+def _take_place(c, j, t):  # type: ignore[no-untyped-def]
+    """Remember the place of the step before, and go on in the ring if this step needs one."""
+    j[PREVIOUS] = j[PLACE]
+    if t < j[LAST] or t == 0:
+        j[PLACE] = c[POSITION] if c[POSITION] + j[STRIDE] <= c[RING] else 0
+        c[POSITION] = j[PLACE] + j[STRIDE]
 
 
 # -- waiting and publishing
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def _now(c):  # type: ignore[no-untyped-def]
     """Nanoseconds on a clock that only goes forward."""
     call(c[CLOCK], (types.int32(CLOCK_MONOTONIC), c[TIME]))
@@ -174,7 +190,7 @@ def _now(c):  # type: ignore[no-untyped-def]
     return time[0] * 1_000_000_000 + time[1]
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def _poll(c, line, step, patience):  # type: ignore[no-untyped-def]
     """Wait until a line says ``step`` or more; false after ``patience`` nanoseconds."""
     if load_acquire(line) >= step:
@@ -199,7 +215,7 @@ def _poll(c, line, step, patience):  # type: ignore[no-untyped-def]
     return True
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def _await(c, whom, step, patience):  # type: ignore[no-untyped-def]
     """Wait until everyone, or one rank, has published ``step``."""
     if whom == NOBODY or c[KNOWN] >= step:
@@ -216,7 +232,7 @@ def _await(c, whom, step, patience):  # type: ignore[no-untyped-def]
     return True
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def _whom(c, j, t):  # type: ignore[no-untyped-def]
     """Who must have published step t - 1 before this rank begins step t."""
     alone = j[SENDER] if j[SENDER] != EVERYONE else j[RECEIVER]
@@ -231,7 +247,7 @@ def _whom(c, j, t):  # type: ignore[no-untyped-def]
     return alone
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def _exposure(c, address):  # type: ignore[no-untyped-def]
     """How others get at memory: its address, or in the arena its offset, as a negative number."""
     if c[ARENA] <= address < c[ARENA_END]:
@@ -239,7 +255,7 @@ def _exposure(c, address):  # type: ignore[no-untyped-def]
     return address
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def _publish(c, j, t):  # type: ignore[no-untyped-def]
     step = j[BASE] + t
     line = _line(c, c[RANK], step)
@@ -256,12 +272,12 @@ def _publish(c, j, t):  # type: ignore[no-untyped-def]
     store_release(line, step)
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def _sends(c, j, rank):  # type: ignore[no-untyped-def]
     return j[SENDER] == EVERYONE or j[SENDER] == rank
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def _agree(c, j):  # type: ignore[no-untyped-def]
     """Whether all ranks that this one has heard of are in the same call as this one."""
     for rank in range(c[NRANKS]):
@@ -274,7 +290,7 @@ def _agree(c, j):  # type: ignore[no-untyped-def]
     return True
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def _settle(c, j):  # type: ignore[no-untyped-def]
     """After step 0: where everything lies, and so how all ranks go on. They all come to the same answer."""
     sources, arenas = int64s(j[SOURCES]), int64s(c[ARENAS])
@@ -306,17 +322,38 @@ def _settle(c, j):  # type: ignore[no-untyped-def]
 # -- moving and reducing
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def _bring(c, dst, src, nbytes):  # type: ignore[no-untyped-def]
-    """To memory that others read."""
-    if nbytes >= c[STREAMED]:
+    """To memory that others read.
+
+    Which way is faster depends on where the other ranks' cores are: lines that another core has read may have
+    to be fetched back one by one. It is measured now and then, a while after which the costs are forgotten.
+    """
+    if nbytes < STREAMABLE:
+        copy_bytes(dst, src, nbytes)
+        return
+    costs = int64s(c[COSTS])
+    c[BRINGS] += 1
+    timed = c[BRINGS] % TIMED_ONCE_IN == 0 or costs[0] == 0 or costs[1] == 0
+    way = 0 if costs[0] <= costs[1] else 1
+    if costs[way] == 0 and costs[1 - way] == 0:
+        way = 0
+    if timed and c[BRINGS] % (TRIED_ONCE_IN * TIMED_ONCE_IN) == 0:
+        way = 1 - way
+    began = _now(c) if timed else 0
+    if way == 0:
+        copy_bytes(dst, src, nbytes)
+    else:
         c[UNFENCED] = 1
         copy_streaming(dst, src, nbytes)
-    else:
-        copy_bytes(dst, src, nbytes)
+        if timed:
+            fence()
+    if timed:
+        cost = ((_now(c) - began) << 10) // nbytes + 1
+        costs[way] = min(cost, costs[way] + costs[way] // 4) if costs[way] != 0 else cost
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def _copy_out(j, dst, src, nbytes):  # type: ignore[no-untyped-def]
     """To the caller's memory."""
     if j[STREAM] != 0:
@@ -325,7 +362,7 @@ def _copy_out(j, dst, src, nbytes):  # type: ignore[no-untyped-def]
         copy_bytes(dst, src, nbytes)
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def _fold(c, j, dst, count):  # type: ignore[no-untyped-def]
     """Reduce ``count`` elements at each of TERMS, in the order of ranks; ``dst`` overlaps none of them."""
     terms, nranks, item = int64s(j[TERMS]), c[NRANKS], j[ITEM]
@@ -345,7 +382,7 @@ def _fold(c, j, dst, count):  # type: ignore[no-untyped-def]
             call(j[NARROW], (dst + at, total, length))
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def _fold_twice(c, j, result, into, count):  # type: ignore[no-untyped-def]
     """As `_fold`, to where the others read it, and to the caller's memory if he gets it."""
     item = j[ITEM]
@@ -362,28 +399,28 @@ def _fold_twice(c, j, result, into, count):  # type: ignore[no-untyped-def]
             terms[rank] += length * item
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def _one_shot(c, j, t):  # type: ignore[no-untyped-def]
     nbytes = j[COUNT] * j[ITEM]
     inline = nbytes <= INLINE
     step = j[BASE]
     if t == 0:
-        own = _line(c, c[RANK], step) + DATA if inline else _slot(c, c[RANK], step)
+        own = _line(c, c[RANK], step) + DATA if inline else _slot(c, c[RANK], j[PLACE])
         _bring(c, own, j[SEND], nbytes)
     elif j[RECEIVER] == EVERYONE or j[RECEIVER] == c[RANK]:
         terms = int64s(j[TERMS])
         for rank in range(c[NRANKS]):
-            terms[rank] = _line(c, rank, step) + DATA if inline else _slot(c, rank, step)
+            terms[rank] = _line(c, rank, step) + DATA if inline else _slot(c, rank, j[PREVIOUS])
         _fold(c, j, j[RECV], j[COUNT])
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def _lends(c, j):  # type: ignore[no-untyped-def]
     """Whether the others read this rank's input where it lies."""
     return j[SETTLES] != 0 and j[EXPOSED] != NEVER and _exposure(c, j[SEND]) < 0
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def _slices(c, j, t):  # type: ignore[no-untyped-def]
     if j[DIRECT] != 0:
         if t == 1:
@@ -396,7 +433,7 @@ def _slices(c, j, t):  # type: ignore[no-untyped-def]
         start = t * segment
         length = min(segment, j[COUNT] - start)
         begin, end = _chunk_start(length, nranks, me, item), _chunk_start(length, nranks, me + 1, item)
-        slot, at = _slot(c, me, step), j[SEND] + start * item
+        slot, at = _slot(c, me, j[PLACE]), j[SEND] + start * item
         _bring(c, slot, at, begin * item)
         _bring(c, slot + end * item, at + end * item, (length - end) * item)
     if 1 <= t <= j[PIECES]:
@@ -406,10 +443,10 @@ def _slices(c, j, t):  # type: ignore[no-untyped-def]
         sources, terms = int64s(j[SOURCES]), int64s(j[TERMS])
         for rank in range(nranks):
             lent = sources[rank] + start * item
-            terms[rank] = (lent if sources[rank] != 0 else _slot(c, rank, step - 1)) + begin * item
+            terms[rank] = (lent if sources[rank] != 0 else _slot(c, rank, j[PREVIOUS])) + begin * item
         terms[me] = j[SEND] + (start + begin) * item
         into = j[RECV] + (start + begin) * item if receives else 0
-        _fold_twice(c, j, _result(c, me, step), into, end - begin)
+        _fold_twice(c, j, _slot(c, me, j[PLACE]) + j[RESULTS], into, end - begin)
     if t >= 2 and receives:
         start = (t - 2) * segment
         length = min(segment, j[COUNT] - start)
@@ -420,10 +457,10 @@ def _slices(c, j, t):  # type: ignore[no-untyped-def]
                 _chunk_start(length, nranks, rank + 1, item),
             )
             into = j[RECV] + (start + begin) * item
-            _copy_out(j, into, _result(c, rank, step - 1), (end - begin) * item)
+            _copy_out(j, into, _slot(c, rank, j[PREVIOUS]) + j[RESULTS], (end - begin) * item)
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def _slice_directly(c, j):  # type: ignore[no-untyped-def]
     """Reduce the own slice of all inputs and write it to all outputs, which lie in arenas."""
     nranks, me, item, count = c[NRANKS], c[RANK], j[ITEM], j[COUNT]
@@ -445,7 +482,7 @@ def _slice_directly(c, j):  # type: ignore[no-untyped-def]
                 _bring(c, into + start * item, folded, length * item)
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def _blockwise(c, j, t):  # type: ignore[no-untyped-def]
     nranks, me, item = c[NRANKS], c[RANK], j[ITEM]
     at, lengths = int64s(j[SEND_AT]), int64s(j[SEND_LENGTH])
@@ -456,7 +493,7 @@ def _blockwise(c, j, t):  # type: ignore[no-untyped-def]
             length = min(piece, lengths[rank] - t * piece)
             if rank != me and length > 0:
                 source = j[SEND] + (at[rank] + t * piece) * item
-                _bring(c, _slot(c, me, step) + rank * piece * item, source, length * item)
+                _bring(c, _slot(c, me, j[PLACE]) + rank * piece * item, source, length * item)
     if t == 0:
         return
     if j[DIRECT] != 0:
@@ -469,12 +506,12 @@ def _blockwise(c, j, t):  # type: ignore[no-untyped-def]
     sources, terms = int64s(j[SOURCES]), int64s(j[TERMS])
     for rank in range(nranks):
         lent = sources[rank] + (at[me] + start) * item
-        terms[rank] = lent if sources[rank] != 0 else _slot(c, rank, step - 1) + me * piece * item
+        terms[rank] = lent if j[SETTLES] != 0 and sources[rank] != 0 else _slot(c, rank, j[PREVIOUS]) + me * piece * item
     terms[me] = j[SEND] + (at[me] + start) * item
     _fold(c, j, j[RECV] + start * item, length)
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def _own_block(c, j):  # type: ignore[no-untyped-def]
     """What a rank sends itself."""
     me = c[RANK]
@@ -484,13 +521,13 @@ def _own_block(c, j):  # type: ignore[no-untyped-def]
         _copy_out(j, into, source, length)
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def _exchange(c, j, t):  # type: ignore[no-untyped-def]
     nranks, me, piece = c[NRANKS], c[RANK], j[PIECE]
     step = j[BASE] + t
     if t < j[PIECES] and j[DIRECT] == 0 and j[FOREIGN] == 0 and _sends(c, j, me) and not _lends(c, j):
         at, lengths = int64s(j[SEND_AT]), int64s(j[SEND_LENGTH])
-        slot = _slot(c, me, step)
+        slot = _slot(c, me, j[PLACE])
         for i in range(1, 2 if j[SHARED] != 0 else nranks):
             rank = (me + i) % nranks
             length = min(piece, lengths[rank] - t * piece)
@@ -507,15 +544,15 @@ def _exchange(c, j, t):  # type: ignore[no-untyped-def]
         rank = (me + i) % nranks
         length = min(piece, lengths[rank] - start)
         if length > 0:
-            slot = _slot(c, rank, step - 1)
+            slot = _slot(c, rank, j[PREVIOUS])
             source = slot if j[SHARED] != 0 else slot + me * piece
-            if sources[rank] != 0:
+            if j[SETTLES] != 0 and sources[rank] != 0:
                 source = sources[rank] + j[REMOTE] + start
             _copy_out(j, j[RECV] + into[rank] + start, source, length)
     return DONE
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def _fetch(c, j):  # type: ignore[no-untyped-def]
     """Copy blocks from where the others have them."""
     nranks, me = c[NRANKS], c[RANK]
@@ -532,7 +569,7 @@ def _fetch(c, j):  # type: ignore[no-untyped-def]
     return DONE
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def _read_memory(c, rank, dst, src, nbytes):  # type: ignore[no-untyped-def]
     """Copy from another process's memory, which the system does."""
     vectors = int64s(c[VECTORS])
@@ -552,7 +589,7 @@ def _read_memory(c, rank, dst, src, nbytes):  # type: ignore[no-untyped-def]
 # -- a job from begin to end
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def _work(c, j, t):  # type: ignore[no-untyped-def]
     kind = j[KIND]
     if kind == ONE_SHOT:
@@ -566,7 +603,7 @@ def _work(c, j, t):  # type: ignore[no-untyped-def]
     return DONE
 
 
-@njit("int64(int64, int64)", nogil=True, cache=True)
+@CACHED.njit("int64(int64, int64)")
 def advance(job, patience):  # type: ignore[no-untyped-def]
     """Go on with a job until it is done, an error, or nobody publishes for ``patience`` nanoseconds."""
     j = int64s(job)
@@ -589,6 +626,7 @@ def advance(job, patience):  # type: ignore[no-untyped-def]
                 return MISMATCH
             if j[SETTLES] != 0:
                 _settle(c, j)
+        _take_place(c, j, t)
         result = _work(c, j, t)
         if result != DONE:
             j[STEP] = t
@@ -622,12 +660,18 @@ _ALLREDUCE, _REDUCE, _REDUCE_SCATTER, _BROADCAST, _ALLGATHER, _GATHER, _SCATTER,
 )
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
+def _whole_lines(nbytes):  # type: ignore[no-untyped-def]
+    return (nbytes + CACHE_LINE - 1) // CACHE_LINE * CACHE_LINE
+
+
+@njit(nogil=True)
 def _reduction(c, j, count):  # type: ignore[no-untyped-def]
     j[COUNT] = count
     nbytes = count * j[ITEM]
     if nbytes <= c[SMALL]:
         j[KIND], j[SETTLES], j[PIECES], j[LAST] = ONE_SHOT, 0, 1, 1
+        j[STRIDE] = _whole_lines(nbytes) if nbytes > INLINE else 0
         return
     # Segments as even as can be, each but the last a whole number of cache lines for every rank.
     pieces = (nbytes + c[SLOT] - 1) // c[SLOT]
@@ -638,10 +682,12 @@ def _reduction(c, j, count):  # type: ignore[no-untyped-def]
     j[PIECES] = (count + j[PIECE] - 1) // j[PIECE]
     j[LAST] = j[PIECES] + 1
     j[EXPOSED] = 0
+    j[RESULTS] = _whole_lines(j[PIECE] * j[ITEM])
+    j[STRIDE] = j[RESULTS] + _whole_lines(j[RESULTS] // c[NRANKS]) + CACHE_LINE
     j[STREAM] = nbytes >= c[LARGE]
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def _largest(lengths, nranks):  # type: ignore[no-untyped-def]
     largest = types.int64(0)
     for rank in range(nranks):
@@ -649,7 +695,7 @@ def _largest(lengths, nranks):  # type: ignore[no-untyped-def]
     return largest
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def _total(lengths, nranks):  # type: ignore[no-untyped-def]
     total = types.int64(0)
     for rank in range(nranks):
@@ -657,43 +703,49 @@ def _total(lengths, nranks):  # type: ignore[no-untyped-def]
     return total
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def _set_pieces(j, largest, nbytes, quiet):  # type: ignore[no-untyped-def]
     j[PIECES] = max(1, (largest + j[PIECE] - 1) // j[PIECE])
     j[SETTLES] = nbytes > quiet or j[PIECES] > 1 or j[UNEVEN] != 0
     j[LAST] = j[PIECES]
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def _blocks_to_reduce(c, j):  # type: ignore[no-untyped-def]
     """Reduce-scatter, the tables of blocks being filled."""
     nranks = c[NRANKS]
     j[KIND] = BLOCKWISE
-    j[PIECE] = c[SLOT] // nranks // CACHE_LINE * CACHE_LINE // j[ITEM]
     largest = _largest(int64s(j[SEND_LENGTH]), nranks)
+    j[STRIDE] = min(c[SLOT] // nranks // CACHE_LINE * CACHE_LINE, _whole_lines(largest * j[ITEM]))
+    j[PIECE] = max(1, j[STRIDE] // j[ITEM])
+    j[STRIDE] *= nranks
     _set_pieces(j, largest, largest * j[ITEM] * nranks, c[QUIET])
     j[EXPOSED] = 0
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def _blocks_to_move(c, j, collective):  # type: ignore[no-untyped-def]
     """Any collective that only moves bytes, the tables of blocks being filled."""
     nranks, me = c[NRANKS], c[RANK]
     j[KIND] = EXCHANGE
     j[SHARED] = collective in (_BROADCAST, _ALLGATHER, _GATHER)
-    j[PIECE] = c[SLOT] if j[SHARED] != 0 else c[SLOT] // nranks // CACHE_LINE * CACHE_LINE
     largest = _largest(int64s(j[RECV_LENGTH]), nranks)
     if j[UNEVEN] != 0 or j[SENDER] != EVERYONE or j[RECEIVER] != EVERYONE:
         largest = max(largest, _largest(int64s(j[SEND_LENGTH]), nranks))
+    parts = 1 if j[SHARED] != 0 else nranks
+    j[PIECE] = c[SLOT] // parts // CACHE_LINE * CACHE_LINE
+    if j[UNEVEN] == 0:
+        j[PIECE] = max(CACHE_LINE, min(j[PIECE], _whole_lines(largest)))
+    j[STRIDE] = j[PIECE] * parts
     _set_pieces(j, largest, largest, c[QUIET])
     j[SIZE] = j[PIECES] if j[UNEVEN] != 0 else largest
     j[EXPOSED] = int64s(j[SEND_AT])[(me + 1) % nranks] if j[SHARED] != 0 else 0
     j[REMOTE] = 0
-    j[FOREIGN] = j[UNEVEN] == 0 and largest >= c[FAR]
+    j[FOREIGN] = j[UNEVEN] == 0 and largest >= c[FAR] and j[SETTLES] != 0
     j[STREAM] = largest * nranks >= c[LARGE]
 
 
-@njit("void(int64, int64, int64, int64)", nogil=True, cache=True)
+@CACHED.njit("void(int64, int64, int64, int64)")
 def set_up(job, collective, count, root):  # type: ignore[no-untyped-def]
     """Make a job of a collective whose blocks have ``count`` elements, or bytes where nothing is added."""
     j = int64s(job)
@@ -729,7 +781,7 @@ def set_up(job, collective, count, root):  # type: ignore[no-untyped-def]
         j[REMOTE] = me * count
 
 
-@njit("void(int64, int64, int64, int64)", nogil=True, cache=True)
+@CACHED.njit("void(int64, int64, int64, int64)")
 def set_up_blocks(job, collective, root, uneven):  # type: ignore[no-untyped-def]
     """Make a job of a collective whose tables of blocks have been filled.
 
