@@ -23,8 +23,9 @@ from mpi4py import MPI
 from mpicoll import algorithms, tuning
 from mpicoll.buffers import BFLOAT16, BYTES, Blocks, Dtype, Message, check_same_type, parse, parse_blocks
 from mpicoll.kernels import reduce as kernels
-from mpicoll.requests import Call
+from mpicoll.requests import Call, Plan
 from mpicoll.schedule import Schedule, chunk_bounds
+from mpicoll.transports.hierarchical import Hierarchy
 from mpicoll.transports.messages import MessagePlan
 from mpicoll.transports.program import Layout, compile_program
 from mpicoll.transports.shared import NO_REDUCTION, Channel, Reduction, SharedPlan, reduction
@@ -49,9 +50,10 @@ OPERATIONS = kernels.OPERATIONS  # names of MPI's own that we do by hand
 _OPERATION_NAMES = {MPI._handleof(getattr(MPI, name)): name for name in OPERATIONS}
 
 
-SHARED = "shared"  # named where the others are algorithms: what the shared transport does, whatever the size
-
-Plan = MessagePlan | SharedPlan
+# Named where the others are algorithms: what the shared transport does, whatever the size, and what it does
+# on each of several nodes, with messages between them.
+SHARED = "shared"
+HIERARCHICAL = "hierarchical"
 
 
 class _Plans:
@@ -92,14 +94,23 @@ class _Plans:
 class CallMaker:
     """Makes the calls of one communicator. ``private`` carries our messages, apart from the user's.
 
-    ``channel`` leads to the ranks' shared memory; without it everything travels in messages.
+    ``channel`` leads to the ranks' shared memory, ``hierarchy`` to that of each node, where there are
+    several. Without them everything travels in messages; ``no_hierarchy`` says why there is none.
     """
 
     def __init__(
-        self, private: MPI.Intracomm, spins: int, algorithm: str, channel: Channel | None = None
+        self,
+        private: MPI.Intracomm,
+        spins: int,
+        algorithm: str,
+        channel: Channel | None = None,
+        hierarchy: Hierarchy | None = None,
+        no_hierarchy: str | None = None,
     ) -> None:
         self._private = private
         self._channel = channel
+        self._hierarchy = hierarchy
+        self._no_hierarchy = no_hierarchy
         self._rank = private.Get_rank()
         self._nranks = private.Get_size()
         self._spins = spins
@@ -254,6 +265,9 @@ class CallMaker:
                 return plan.set_up(collective, shape, root)
             begins = np.cumsum([0, *shape[:-1]]).tolist()
             return plan.set_up_blocks(collective, (begins, shape), ([0] * self._nranks, shape))
+        if algorithm == HIERARCHICAL:
+            assert self._hierarchy is not None and isinstance(shape, int)
+            return self._hierarchy.allreduce_plan(operation, dtype, shape)
         schedule = algorithms.schedule(collective, algorithm, self._nranks, root)
         if isinstance(shape, int):
             bounds = chunk_bounds(shape, schedule.nchunks, dtype.itemsize)
@@ -505,23 +519,35 @@ class CallMaker:
     ) -> str:
         """The algorithm's name, from the call, the communicator or the table of `tuning`.
 
-        With shared memory, "auto" is what the shared transport does.
+        Where all ranks share memory, "auto" is what the shared transport does.
         """
-        allowed = only or algorithms.names(collective)
+        transports = (SHARED, HIERARCHICAL) if collective == "allreduce" else (SHARED,)
+        allowed = (*(only or algorithms.names(collective)), *transports)
         if algorithm is None:
-            algorithm = self._algorithm if self._algorithm in (*allowed, SHARED) else "auto"
+            algorithm = self._algorithm if self._algorithm in allowed else "auto"
         if algorithm in ("auto", SHARED) and self._channel is not None:
             return SHARED
         if algorithm == "auto":
-            return only[0] if only else tuning.choose(collective, self._nranks, nbytes)
+            return only[0] if only else self._choose_messages(collective, nbytes)
         if algorithm == SHARED:
             raise ValueError("algorithm: expected auto or a name, got shared, but the ranks share no memory")
         if algorithm not in allowed:
-            names = ", ".join((*allowed, SHARED))
+            names = ", ".join(allowed)
             raise ValueError(
                 f"algorithm: expected auto or one of {names} for {collective}, got {algorithm!r}"
             )
+        if algorithm == HIERARCHICAL and self._hierarchy is None:
+            raise ValueError(
+                f"algorithm: expected auto or a name, got hierarchical, but {self._no_hierarchy}"
+            )
         return algorithm
+
+    def _choose_messages(self, collective: str, nbytes: int) -> str:
+        """The best algorithm where not all ranks share memory."""
+        nodes = self._hierarchy
+        if collective == "allreduce" and nodes and tuning.hierarchical_pays(nodes.nnodes, nbytes):
+            return HIERARCHICAL
+        return tuning.choose(collective, self._nranks, nbytes)
 
     def _check_root(self, root: int) -> None:
         if not isinstance(root, (int, np.integer)):

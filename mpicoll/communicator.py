@@ -12,11 +12,13 @@ import numpy.typing as npt
 from mpi4py import MPI
 
 from mpicoll import algorithms, fastcalls, tuning
-from mpicoll.calls import SHARED, CallMaker, Plan
+from mpicoll.calls import HIERARCHICAL, SHARED, CallMaker
 from mpicoll.fastcalls import FastMethod
 from mpicoll.repeated import RepeatedCalls, signature
-from mpicoll.requests import Call, PersistentCall, Request
+from mpicoll.requests import Call, PersistentCall, Plan, Request
+from mpicoll.transports import hierarchical
 from mpicoll.transports.arena import new_array
+from mpicoll.transports.hierarchical import HierarchicalPlan, Hierarchy
 from mpicoll.transports.messages import count_cores
 from mpicoll.transports.shared import Channel, Reduction, SharedPlan
 
@@ -82,6 +84,8 @@ def _persistent(prepare: _Prepare) -> Any:
             )
         if isinstance(call.plan, SharedPlan):
             call.plan.move_to(call.plan.channel.twin())
+        elif isinstance(call.plan, HierarchicalPlan) and self._hierarchy is not None:
+            call.plan.move_to(self._hierarchy.twin())
         self._persistent_tag = (self._persistent_tag + 1) % len(PERSISTENT_TAGS)
         return PersistentCall(call, PERSISTENT_TAGS[self._persistent_tag])
 
@@ -125,7 +129,7 @@ class Communicator(MPI.Intracomm):
         self, comm: MPI.Intracomm | None = None, algorithm: str = "auto", transport: str = "auto"
     ) -> None:
         known = {name for collective in algorithms.ALGORITHMS for name in algorithms.names(collective)}
-        known.add(SHARED)
+        known |= {SHARED, HIERARCHICAL}
         if transport not in TRANSPORTS:
             raise ValueError(f"transport: expected one of {', '.join(TRANSPORTS)}; got {transport!r}")
         if algorithm != "auto" and algorithm not in known:
@@ -135,6 +139,7 @@ class Communicator(MPI.Intracomm):
         self._owned = False  # whether the communicator itself, not only what we added, is ours to free
         self._algorithm = algorithm
         self._transport = transport
+        self._used = "none"
         if self != MPI.COMM_NULL:
             self._set_up()
 
@@ -142,33 +147,67 @@ class Communicator(MPI.Intracomm):
         # Our messages travel apart from the user's. Intracomm.Dup would give a Communicator again.
         self._private = MPI.Intracomm.Dup(MPI.Intracomm(self))
         self._private.Set_errhandler(MPI.ERRORS_RETURN)
-        node = MPI.Intracomm(self._private.Split_type(MPI.COMM_TYPE_SHARED))
+        node = hierarchical.node_of(self._private)
         cores = count_cores(node)
         spins = 0 if node.Get_size() > cores else 1000
-        self._messages = CallMaker(self._private, spins, self._algorithm)
-        self._maker = self._messages
-        self._channel = self._share_memory(node, cores)
-        if self._channel is not None:
-            self._maker = CallMaker(self._private, spins, self._algorithm, self._channel)
+        self._channel: Channel | None = None
+        self._hierarchy: Hierarchy | None = None
+        reason = self._share_memory(node, cores, spins)
+        if self._hierarchy is None:
+            node.Free()
+        if self._transport == "shared" and reason is not None:
+            raise RuntimeError(f"transport: expected auto or messages, got shared, but {reason}")
+        self._used = self._describe(reason)
+        self._make_callers(spins, reason)
         self._repeated = RepeatedCalls(self._maker.release)
         self._quicken()
-        node.Free()
         self._tag = 0
         self._persistent_tag = 0
 
-    def _share_memory(self, node: MPI.Intracomm, cores: int) -> Channel | None:
-        """A channel of all ranks, if they are on one node that lets them share memory; None otherwise."""
+    def _share_memory(self, node: MPI.Intracomm, cores: int, spins: int) -> str | None:
+        """Use what memory the ranks share; if there is none, why messages must do."""
         if self._transport == "messages":
-            return None
-        reason: str | None = "the ranks are on several nodes"
+            return "the communicator was made with transport='messages'"
+        sizes = tuning.sizes(node.Get_size(), cores)
         if node.Get_size() == self.Get_size():
-            channel = Channel(self._private, tuning.sizes(self.Get_size(), cores))
+            channel = Channel(self._private, sizes)
             if channel.reason is None:
-                return channel
-            reason = channel.reason
+                self._channel = channel
+            return channel.reason
         if self._transport == "shared":
-            raise RuntimeError(f"transport: expected auto or messages, got shared, but {reason}")
-        return None
+            return "the ranks are on several nodes"
+        if self._private.allreduce(node.Get_size(), MPI.MAX) == 1:
+            return "every rank is on a node of its own"
+        hierarchy = Hierarchy(self._private, node, sizes, spins)
+        if hierarchy.reason is None:
+            self._hierarchy = hierarchy
+        else:
+            hierarchy.close()
+        return hierarchy.reason
+
+    def _describe(self, reason: str | None) -> str:
+        if self._channel is not None:
+            reads = "yes" if self._channel.reads_foreign_memory else "no"
+            return f"shared memory (memory files; other ranks' memory is read directly: {reads})"
+        if self._hierarchy is not None:
+            nodes = f"shared memory on {self._hierarchy.nnodes} nodes, messages between"
+            return f"hierarchical: {nodes}; all but large allreduces in messages only"
+        return f"messages, because {reason}"
+
+    def _make_callers(self, spins: int, reason: str | None) -> None:
+        """What prepares calls: the nonblocking ones, which only messages can do, and all others."""
+        default = "auto" if self._algorithm in (SHARED, HIERARCHICAL) else self._algorithm
+        unable = "nonblocking calls only send messages"
+        self._messages = CallMaker(self._private, spins, default, no_hierarchy=unable)
+        why = "all ranks are on one node" if self._channel is not None else reason
+        self._maker = CallMaker(
+            self._private, spins, self._algorithm, self._channel, self._hierarchy, no_hierarchy=why
+        )
+
+    @property
+    def transport(self) -> str:
+        """How the collectives of this communicator travel, and why, in words."""
+        return self._used
 
     def _quicken(self) -> None:
         """Put compiled methods before the Python methods of the same names, where memory is shared."""
@@ -214,6 +253,8 @@ class Communicator(MPI.Intracomm):
         """
         if self._channel is not None:
             self._channel.close()
+        if self._hierarchy is not None:
+            self._hierarchy.free()
         self._private.Free()
         if self._owned:
             super().Free()
@@ -224,9 +265,10 @@ class Communicator(MPI.Intracomm):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if error is not None and self._channel is not None:
-            # The other ranks may be waiting for this one: they learn what it met.
-            self._channel.give_up(f"{type(error).__name__}: {error}")
+        channel = self._hierarchy.channel if self._hierarchy is not None else self._channel
+        if error is not None and channel is not None:
+            # The other ranks of the node may be waiting for this one: they learn what it met.
+            channel.give_up(f"{type(error).__name__}: {error}")
         self.Free()
 
     def alloc(self, shape: int | Sequence[int], dtype: npt.DTypeLike = np.float64) -> np.ndarray[Any, Any]:

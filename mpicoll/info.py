@@ -51,7 +51,13 @@ def gather() -> Facts:
         from mpi4py import MPI
     except (ImportError, RuntimeError) as error:  # RuntimeError: mpi4py finds no MPI library
         failure = {"error": f"mpi4py cannot be used: {error}"}
-        return {**software(), "mpi": failure, "ranks": [rank_facts()], "cuda_aware": no_gpu_here()}
+        return {
+            **software(),
+            "mpi": failure,
+            "ranks": [rank_facts()],
+            "transport": "none: there is no MPI",
+            "cuda_aware": no_gpu_here(),
+        }
     comm = MPI.COMM_WORLD
     ranks = comm.allgather(rank_facts(MPI.Get_processor_name()))
     library = mpi_facts(MPI)
@@ -59,6 +65,7 @@ def gather() -> Facts:
         **comm.bcast(software()),
         "mpi": comm.bcast(library),
         "ranks": ranks,
+        "transport": transport(comm),
         "cuda_aware": cuda_awareness(comm, ranks, library),
     }
 
@@ -199,6 +206,34 @@ def claimed_cuda_support(path: str | None) -> bool | None:
     return bool(query()) if query else None
 
 
+def transport(comm: MPI.Intracomm) -> str:
+    """How collectives of all ranks would travel, and why; every rank must call this."""
+    # No rank may begin to make a communicator unless all can.
+    failures = [failure for failure in comm.allgather(import_failure()) if failure]
+    if failures:
+        return f"unknown, because mpicoll cannot be imported: {failures[0]}"
+    from mpicoll.communicator import Communicator
+
+    try:
+        with Communicator(comm) as whole:
+            return whole.transport
+    except Exception as error:
+        return f"unknown, because no communicator can be made: {one_line(error)}"
+
+
+def import_failure() -> str | None:
+    """What keeps this rank from using mpicoll. It compiles code, and so there is much that may."""
+    try:
+        import mpicoll.communicator  # noqa: F401
+    except Exception as error:
+        return one_line(error)
+    return None
+
+
+def one_line(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())
+
+
 def cuda_awareness(comm: MPI.Comm, ranks: Sequence[Facts], library: Facts) -> Facts:
     """Ask the first rank that sees a GPU; the answer for all ranks."""
     asked = next((rank for rank, facts in enumerate(ranks) if facts["gpus"]), None)
@@ -322,6 +357,7 @@ def render(facts: Facts) -> str:
         ("system", facts["system"]),
         *mpi_lines(facts["mpi"]),
         *rank_lines(facts["ranks"]),
+        ("transport", facts["transport"]),
         ("CUDA-aware", cuda_line(facts)),
     ]
     return "\n".join(f"{title:12}{text}".rstrip() for title, text in lines)

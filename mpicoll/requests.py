@@ -17,8 +17,11 @@ from mpi4py import MPI
 
 from mpicoll import fastcalls
 from mpicoll.fastcalls import FastStart
+from mpicoll.transports.hierarchical import HierarchicalPlan
 from mpicoll.transports.messages import BRIEF, PATIENT, MessagePlan
 from mpicoll.transports.shared import SharedPlan
+
+Plan = MessagePlan | SharedPlan | HierarchicalPlan
 
 SLICE = 20_000  # nanoseconds without progress after which the progress thread turns to the next call
 
@@ -32,9 +35,7 @@ class Call:
 
     __slots__ = ("after", "before", "keep", "key", "plan", "recv", "send")
 
-    def __init__(
-        self, plan: MessagePlan | SharedPlan, key: Any, send: int, recv: int, keep: tuple[Any, ...]
-    ) -> None:
+    def __init__(self, plan: Plan, key: Any, send: int, recv: int, keep: tuple[Any, ...]) -> None:
         self.plan = plan
         self.key = key  # what the plan was made for
         self.send = send

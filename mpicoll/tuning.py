@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from mpicoll.transports.program import Pipeline
-from mpicoll.transports.shared import Sizes
+from mpicoll.transports.shared import NOT_FAR, Sizes
 
 KIB = 1024
 MIB = 1024 * KIB
@@ -73,6 +73,16 @@ _CHOICES: dict[str, Callable[[int, int], str]] = {
 }
 
 
+def hierarchical_pays(nnodes: int, nbytes: int) -> bool:
+    """Whether an allreduce of ``nbytes`` bytes on several nodes had better add on each node first.
+
+    Its ring waits for 2(N-1) messages between N nodes; recursive doubling over all p ranks for log2(p), each as
+    long as the vector. They break even at about 2N/log2(p) α/β bytes, with α/β of some 20 KiB on a fast network
+    (2 µs, 10 GB/s) and log2(p) up to 10. This is calculated: no network of several nodes has been measured.
+    """
+    return nbytes >= 4 * KIB * nnodes
+
+
 def pipeline(nranks: int, nbytes: int) -> Pipeline:
     """How a program for ``nbytes`` bytes is cut into segments.
 
@@ -88,15 +98,18 @@ def pipeline(nranks: int, nbytes: int) -> Pipeline:
 def sizes(nranks: int, cores: int) -> Sizes:
     """How the shared transport works with ``nranks`` ranks on ``cores`` cores.
 
-    Where ranks share cores each wait costs a turn of the others, so more is done between two waits.
+    Where ranks share cores each wait costs a turn of the others, so more is done between two waits. The ring is
+    larger than a second-level cache, so that the lines that are written anew are in no other core's any more:
+    taking them back from there costs several times as much. Reading another process's memory through the
+    system costs a fault's worth for every page, and pays for large blocks only.
     """
     crowded = nranks > cores
     return Sizes(
-        slot=(MIB if crowded else 256 * KIB),
-        ring=(5 * MIB if crowded else 2560 * KIB),
-        small=(64 * KIB if crowded else 6 * KIB),
+        slot=(512 if crowded else 256) * KIB,
+        ring=2560 * KIB,
+        small=(16 if crowded else 6) * KIB,
         quiet=16 * KIB,
-        far=256 * KIB,
+        far=NOT_FAR if crowded else MIB,
         large=4 * MIB,
         spins=0 if crowded else 2000,
         nap=1000,

@@ -350,6 +350,8 @@ def _bring(c, dst, src, nbytes):  # type: ignore[no-untyped-def]
             fence()
     if timed:
         cost = ((_now(c) - began) << 10) // nbytes + 1
+        if way == 1:
+            cost *= 2  # those who read it have to fetch it from further away
         costs[way] = min(cost, costs[way] + costs[way] // 4) if costs[way] != 0 else cost
 
 
@@ -741,7 +743,9 @@ def _blocks_to_move(c, j, collective):  # type: ignore[no-untyped-def]
     j[SIZE] = j[PIECES] if j[UNEVEN] != 0 else largest
     j[EXPOSED] = int64s(j[SEND_AT])[(me + 1) % nranks] if j[SHARED] != 0 else 0
     j[REMOTE] = 0
-    j[FOREIGN] = j[UNEVEN] == 0 and largest >= c[FAR] and j[SETTLES] != 0
+    # With one sender or receiver slots are as fast: bringing in and taking out go on at the same time.
+    everyone = j[SENDER] == EVERYONE and j[RECEIVER] == EVERYONE
+    j[FOREIGN] = everyone and j[UNEVEN] == 0 and largest >= c[FAR] and j[SETTLES] != 0
     j[STREAM] = largest * nranks >= c[LARGE]
 
 
