@@ -1,6 +1,7 @@
 """Compiled code that is kept on disk, and compiled anew when any source that it was made from has changed.
 
-Numba looks at the file of the function alone: code that was compiled into it from other files would stay as it was.
+Numba looks at the file of the function alone: code that was compiled into it from other files would stay as
+it was.
 """
 
 from __future__ import annotations

@@ -19,7 +19,6 @@ from numba import njit, types
 from .caching import CachedCode
 from .elements import BFLOAT16_DTYPE, element_type, load, same_address, store
 
-
 _CACHED = CachedCode(Path(__file__).parent.glob("*.py"))
 
 

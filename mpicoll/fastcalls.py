@@ -1,13 +1,13 @@
 """The quickest way from Python into the shared transport: methods that are compiled themselves.
 
 Python needs longer to look at two arrays than two ranks need to add a few numbers. So the blocking
-collectives of a `Communicator` on one node, and ``Start`` and ``Wait`` of its persistent calls, are C functions:
-Numba compiles them, and CPython gets them as it gets the functions of any extension module. They read the
-address, size and dtype of NumPy arrays where these lie in memory, look up the dtype and operation among those
-seen before, and run the job.
+collectives of a `Communicator` on one node, and ``Start`` and ``Wait`` of its persistent calls, are C
+functions: Numba compiles them, and CPython gets them as it gets the functions of any extension module. They
+read the address, size and dtype of NumPy arrays where these lie in memory, look up the dtype and operation
+among those seen before, and run the job.
 
-Whatever is not an ordinary call on plain arrays of a known dtype goes to the Python method of the same name, with
-the same arguments; so does what takes long enough for signals to be handled.
+Whatever is not an ordinary call on plain arrays of a known dtype goes to the Python method of the same name,
+with the same arguments; so does what takes long enough for signals to be handled.
 """
 
 from __future__ import annotations
@@ -60,8 +60,10 @@ VECTORCALL = 14
 RELEASE_GIL = 15
 TAKE_GIL = 16
 AS_LONG = 17
-KNOWN = 18  # how many kinds of elements are known, and what is known of them
-KINDS = 19
+ADVANCE = 18  # and of the transport
+SET_UP = 19
+KNOWN = 20  # how many kinds of elements are known, and what is known of them
+KINDS = 21
 KIND_WIDTH = 8  # words: dtype, operation, and the fields of a Reduction
 MAX_KINDS = 24
 STATE_SIZE = KINDS + KIND_WIDTH * MAX_KINDS
@@ -134,7 +136,7 @@ def _set_up(s, buffers, nbuffers, operation, root):  # type: ignore[no-untyped-d
         return -1
     if collective == _BARRIER:
         j[OPERATION] = 0
-        steps.set_up(s[JOB], collective, 0, 0)
+        call(s[SET_UP], (s[JOB], collective, types.int64(0), types.int64(0)))
         return 0
     last = buffers[nbuffers - 1]
     writes = collective != _BROADCAST or root != me
@@ -152,7 +154,7 @@ def _set_up(s, buffers, nbuffers, operation, root):  # type: ignore[no-untyped-d
     if at == 0:
         return -1
     item = s[at + 3]
-    if collective == _ALLREDUCE or collective == _REDUCE:
+    if collective in (_ALLREDUCE, _REDUCE):
         fits = sent == count and (not in_place or collective == _ALLREDUCE or me == root)
     elif collective == _REDUCE_SCATTER:
         fits = sent == count * nranks and not in_place
@@ -169,7 +171,8 @@ def _set_up(s, buffers, nbuffers, operation, root):  # type: ignore[no-untyped-d
         return -1
     _use_kind(s, j, at)
     j[SEND], j[RECV] = send, recv
-    steps.set_up(s[JOB], collective, count if collective <= _REDUCE_SCATTER else count * item, root)
+    length = count if collective <= _REDUCE_SCATTER else count * item
+    call(s[SET_UP], (s[JOB], collective, length, root))
     return max(sent, count) * item
 
 
@@ -197,7 +200,7 @@ def _parse(s, args, nargs, names):  # type: ignore[no-untyped-def]
     if reduces and at < nargs:
         operation = given[at]
         at += 1
-    if (collective == _REDUCE or collective == _BROADCAST) and at < nargs:
+    if (collective in (_REDUCE, _BROADCAST)) and at < nargs:
         root = _number(s, given[at])
         at += 1
     if at < nargs:
@@ -207,7 +210,7 @@ def _parse(s, args, nargs, names):  # type: ignore[no-untyped-def]
             name, value = int64s(names)[ITEMS + index], given[nargs + index]
             if name == s[OP_NAME] and reduces:
                 operation = value
-            elif name == s[ROOT_NAME] and (collective == _REDUCE or collective == _BROADCAST):
+            elif name == s[ROOT_NAME] and (collective in (_REDUCE, _BROADCAST)):
                 root = _number(s, value)
             else:
                 return -1
@@ -224,10 +227,10 @@ def _result(s, thing):  # type: ignore[no-untyped-def]
 @njit
 def _complete(s, nbytes):  # type: ignore[no-untyped-def]
     """Run the job; false if that takes so long that signals must be looked after, or if it goes wrong."""
-    if nbytes <= QUICK and steps.advance(s[JOB], SPIN) == DONE:
+    if nbytes <= QUICK and call_long(s[ADVANCE], (s[JOB], types.int64(SPIN))) == DONE:
         return True
     thread = call_long(s[RELEASE_GIL], ())
-    result = steps.advance(s[JOB], PATIENT)
+    result = call_long(s[ADVANCE], (s[JOB], types.int64(PATIENT)))
     call(s[TAKE_GIL], (thread,))
     return result == DONE
 
@@ -256,7 +259,7 @@ def _start(me, args, nargs, names):  # type: ignore[no-untyped-def]
     if s[ACTIVE] != 0 or nargs != 0 or names != 0:
         return call_long(s[VECTORCALL], (s[SLOW], args, nargs, names))
     # An error comes again in Wait, where it is handled.
-    s[ACTIVE] = steps.advance(s[JOB], 0) != DONE
+    s[ACTIVE] = call_long(s[ADVANCE], (s[JOB], types.int64(0))) != DONE
     return _result(s, s[NONE])
 
 
@@ -299,7 +302,8 @@ def _functions() -> dict[int, int]:
     api = ctypes.pythonapi
     found = {INCREF: api.Py_IncRef, VECTORCALL: api.PyObject_Vectorcall, AS_LONG: api.PyLong_AsLong}
     found |= {RELEASE_GIL: api.PyEval_SaveThread, TAKE_GIL: api.PyEval_RestoreThread}
-    return {slot: address_of(function) for slot, function in found.items()}
+    addresses = {slot: address_of(function) for slot, function in found.items()}
+    return addresses | {ADVANCE: steps.ADVANCE, SET_UP: steps.SET_UP}
 
 
 _OBJECTS = {

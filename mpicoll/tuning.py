@@ -14,6 +14,7 @@ from mpicoll.transports.shared import NOT_FAR, Sizes
 
 KIB = 1024
 MIB = 1024 * KIB
+MILLISECOND = 1_000_000  # nanoseconds
 SEQUENTIAL = 1 << 30  # stride: one segment goes through all rounds before the next, and stays in cache
 
 FEW = 16  # ranks up to which messages to all others at once beat waiting for one neighbour after another
@@ -76,9 +77,9 @@ _CHOICES: dict[str, Callable[[int, int], str]] = {
 def hierarchical_pays(nnodes: int, nbytes: int) -> bool:
     """Whether an allreduce of ``nbytes`` bytes on several nodes had better add on each node first.
 
-    Its ring waits for 2(N-1) messages between N nodes; recursive doubling over all p ranks for log2(p), each as
-    long as the vector. They break even at about 2N/log2(p) α/β bytes, with α/β of some 20 KiB on a fast network
-    (2 µs, 10 GB/s) and log2(p) up to 10. This is calculated: no network of several nodes has been measured.
+    Its ring waits for 2(N-1) messages between N nodes; recursive doubling over all p ranks for log2(p), each
+    as long as the vector. They break even at about 2N/log2(p) α/β bytes, with α/β of some 20 KiB on a fast
+    network (2 µs, 10 GB/s) and log2(p) up to 10. This is calculated: no network has been measured.
     """
     return nbytes >= 4 * KIB * nnodes
 
@@ -98,10 +99,10 @@ def pipeline(nranks: int, nbytes: int) -> Pipeline:
 def sizes(nranks: int, cores: int) -> Sizes:
     """How the shared transport works with ``nranks`` ranks on ``cores`` cores.
 
-    Where ranks share cores each wait costs a turn of the others, so more is done between two waits. The ring is
-    larger than a second-level cache, so that the lines that are written anew are in no other core's any more:
-    taking them back from there costs several times as much. Reading another process's memory through the
-    system costs a fault's worth for every page, and pays for large blocks only.
+    Where ranks share cores each wait costs a turn of the others, so more is done between two waits. The ring
+    is larger than a second-level cache, so that the lines that are written anew are in no other core's any
+    more: taking them back from there costs several times as much. Reading another process's memory through
+    the system costs a fault's worth for every page, and pays for large blocks only.
     """
     crowded = nranks > cores
     return Sizes(
@@ -112,5 +113,5 @@ def sizes(nranks: int, cores: int) -> Sizes:
         far=NOT_FAR if crowded else MIB,
         large=4 * MIB,
         spins=0 if crowded else 2000,
-        nap=1000,
+        drowsy=0 if crowded else MILLISECOND,
     )

@@ -21,8 +21,8 @@ Every slice is summed in one place a node and then by one schedule, so every ran
 Cost for n bytes, N nodes of p ranks, in latency α and time per byte β between nodes, α' and β' in memory, and
 time per byte reduced γ: 2α' + 2n(p-1)/p β' + n(p-1)/p γ on the nodes, and between them
 2(N-1)α + 2(n/p)(N-1)/N β + (n/p)(N-1)/N γ. Each node sends 2n(N-1)/N bytes, the least possible, from p ranks
-at once, and nobody waits for 2(pN-1) messages, as in a ring over all ranks. The stages follow each other: what
-could overlap does not.
+at once, and nobody waits for 2(pN-1) messages, as in a ring over all ranks. The stages follow each other:
+what could overlap does not.
 
 Sources: M. Cho, U. Finkler, D. Kung, H. Hunter, "BlueConnect: Decomposing All-Reduce for Deep Learning on
 Heterogeneous Network Hierarchy", MLSys (2019); H. Mikami et al., "Massively Distributed SGD:

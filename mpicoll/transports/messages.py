@@ -163,7 +163,7 @@ def count_cores(node: MPI.Intracomm) -> int:
     """How many cores the ranks of ``node``, which share memory, may keep busy together; collective."""
     bound = set().union(*node.allgather(os.sched_getaffinity(0)))
     limit = min(node.allgather(cgroup_cpus() or math.inf))
-    return int(math.ceil(min(len(bound), limit)))
+    return math.ceil(min(len(bound), limit))
 
 
 def _handle(thing: MPI.Intracomm | MPI.Datatype) -> int:

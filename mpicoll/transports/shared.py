@@ -37,9 +37,11 @@ from mpicoll.transports.steps import (
     CLOSED,
     COLLECTIVES,
     CONTROL,
+    COSTS,
     CULPRIT,
     DIRECT,
     DONE,
+    DROWSY,
     FACTOR,
     FAR,
     FIRST,
@@ -56,6 +58,7 @@ from mpicoll.transports.steps import (
     LINE_CALL,
     LINE_SIZE,
     NAP,
+    NAP_LENGTH,
     NARROW,
     NEXT,
     NRANKS,
@@ -66,7 +69,6 @@ from mpicoll.transports.steps import (
     RANK,
     READ_MEMORY,
     RECV,
-    COSTS,
     RING,
     SCRATCH,
     SEND,
@@ -159,7 +161,7 @@ class Sizes(NamedTuple):
     far: int  # of a block from which on it is read from the other process's own memory
     large: int  # from which on results go past the caches
     spins: int  # polls before a waiting rank yields its core
-    nap: int  # nanoseconds of a sleep in a long wait
+    drowsy: int  # nanoseconds of waiting after which it sleeps between polls
 
 
 _Made = TypeVar("_Made")
@@ -201,7 +203,7 @@ class Channel:
         state[SCRATCH] = self._scratch.ctypes.data
         state[[BLOCKS, ARENAS, PIDS]] = [table.ctypes.data for table in self._tables]
         state[[TIME, NAP, VECTORS, COSTS]] = self.address + 8 * (np.array([TIME, NAP, VECTORS, COSTS]) + 1)
-        state[NAP + 2] = sizes.nap
+        state[NAP + 2], state[DROWSY] = NAP_LENGTH, sizes.drowsy
         for slot, address in _functions().items():
             state[slot] = address
 
@@ -321,7 +323,7 @@ def has_ended(pid: int) -> bool:
 
 
 class SharedPlan:
-    """A job's words and tables: a collective over a channel, to be bound to buffers and run again and again."""
+    """A job's words and tables: a collective over a channel, to be bound to buffers and run many times."""
 
     tagged = False
     scratch = 0  # bytes of its own: the channel has all there is

@@ -71,6 +71,7 @@ FAR = 30  # bytes of a block from which on others' memory is read
 LARGE = 31  # bytes from which on results go past the caches
 POSITION = 32  # where the ring is free
 UNFENCED = 33  # whether that has happened since the last step was published
+DROWSY = 39  # nanoseconds of waiting after which a rank sleeps between polls
 BROKEN = 34  # whether no further call is possible
 BRINGS = 35  # how often something large has been brought in
 COSTS = 36  # time per byte of doing so through the caches, and past them
@@ -153,6 +154,7 @@ TRIED_ONCE_IN = 8  # measurements, one is of the way that has seemed to be the s
 
 FOLDED = 16 << 10  # bytes that are reduced over all ranks before the next: they stay in the first-level cache
 POLLS_BETWEEN_LOOKS = 64  # at the clock
+NAP_LENGTH = 1000  # nanoseconds; the system makes some fifty thousand of it
 
 
 _chunk_start = njit(inline="always")(chunk_start)
@@ -203,15 +205,18 @@ def _poll(c, line, step, patience):  # type: ignore[no-untyped-def]
         pause()
     if patience == SPIN:
         return False
-    deadline = _now(c) + patience
+    began = _now(c)
     polls = 0
     while load_acquire(line) < step:
         call(c[YIELD], ())
         polls += 1
         if polls % POLLS_BETWEEN_LOOKS == 0:
-            if _now(c) >= deadline:
+            waited = _now(c) - began
+            if waited >= patience:
                 return False
-            call(c[SLEEP], (c[NAP], types.int64(0)))
+            if waited >= c[DROWSY]:
+                # Yielding on and on, a rank may be passed over for milliseconds; woken up, it runs at once.
+                call(c[SLEEP], (c[NAP], types.int64(0)))
     return True
 
 
@@ -429,7 +434,7 @@ def _slices(c, j, t):  # type: ignore[no-untyped-def]
             _slice_directly(c, j)
         return
     nranks, me, item, segment = c[NRANKS], c[RANK], j[ITEM], j[PIECE]
-    step = j[BASE] + t
+    j[BASE] + t
     receives = j[RECEIVER] == EVERYONE or j[RECEIVER] == me
     if t < j[PIECES] and not _lends(c, j):
         start = t * segment
@@ -489,7 +494,7 @@ def _blockwise(c, j, t):  # type: ignore[no-untyped-def]
     nranks, me, item = c[NRANKS], c[RANK], j[ITEM]
     at, lengths = int64s(j[SEND_AT]), int64s(j[SEND_LENGTH])
     piece = j[PIECE]
-    step = j[BASE] + t
+    j[BASE] + t
     if t < j[PIECES] and j[DIRECT] == 0 and not _lends(c, j):
         for rank in range(nranks):
             length = min(piece, lengths[rank] - t * piece)
@@ -508,7 +513,11 @@ def _blockwise(c, j, t):  # type: ignore[no-untyped-def]
     sources, terms = int64s(j[SOURCES]), int64s(j[TERMS])
     for rank in range(nranks):
         lent = sources[rank] + (at[me] + start) * item
-        terms[rank] = lent if j[SETTLES] != 0 and sources[rank] != 0 else _slot(c, rank, j[PREVIOUS]) + me * piece * item
+        terms[rank] = (
+            lent
+            if j[SETTLES] != 0 and sources[rank] != 0
+            else _slot(c, rank, j[PREVIOUS]) + me * piece * item
+        )
     terms[me] = j[SEND] + (at[me] + start) * item
     _fold(c, j, j[RECV] + start * item, length)
 
@@ -526,7 +535,7 @@ def _own_block(c, j):  # type: ignore[no-untyped-def]
 @njit(nogil=True)
 def _exchange(c, j, t):  # type: ignore[no-untyped-def]
     nranks, me, piece = c[NRANKS], c[RANK], j[PIECE]
-    step = j[BASE] + t
+    j[BASE] + t
     if t < j[PIECES] and j[DIRECT] == 0 and j[FOREIGN] == 0 and _sends(c, j, me) and not _lends(c, j):
         at, lengths = int64s(j[SEND_AT]), int64s(j[SEND_LENGTH])
         slot = _slot(c, me, j[PLACE])
@@ -605,8 +614,8 @@ def _work(c, j, t):  # type: ignore[no-untyped-def]
     return DONE
 
 
-@CACHED.njit("int64(int64, int64)")
-def advance(job, patience):  # type: ignore[no-untyped-def]
+@CACHED.cfunc("int64(int64, int64)")
+def _advance(job, patience):  # type: ignore[no-untyped-def]
     """Go on with a job until it is done, an error, or nobody publishes for ``patience`` nanoseconds."""
     j = int64s(job)
     c = int64s(j[CHANNEL])
@@ -749,8 +758,8 @@ def _blocks_to_move(c, j, collective):  # type: ignore[no-untyped-def]
     j[STREAM] = largest * nranks >= c[LARGE]
 
 
-@CACHED.njit("void(int64, int64, int64, int64)")
-def set_up(job, collective, count, root):  # type: ignore[no-untyped-def]
+@CACHED.cfunc("void(int64, int64, int64, int64)")
+def _set_up(job, collective, count, root):  # type: ignore[no-untyped-def]
     """Make a job of a collective whose blocks have ``count`` elements, or bytes where nothing is added."""
     j = int64s(job)
     c = int64s(j[CHANNEL])
@@ -785,8 +794,8 @@ def set_up(job, collective, count, root):  # type: ignore[no-untyped-def]
         j[REMOTE] = me * count
 
 
-@CACHED.njit("void(int64, int64, int64, int64)")
-def set_up_blocks(job, collective, root, uneven):  # type: ignore[no-untyped-def]
+@CACHED.cfunc("void(int64, int64, int64, int64)")
+def _set_up_blocks(job, collective, root, uneven):  # type: ignore[no-untyped-def]
     """Make a job of a collective whose tables of blocks have been filled.
 
     ``uneven``: the ranks do not know each other's sizes.
@@ -808,3 +817,9 @@ def set_up_blocks(job, collective, root, uneven):  # type: ignore[no-untyped-def
     if j[SHARED] == 0:
         j[EXPOSED] = NEVER  # nobody knows where in another's buffer his block begins
         j[FOREIGN] = 0
+
+
+# For Python, which lets other threads run meanwhile; and for other compiled code by their addresses, for they
+# would be compiled once more if they were compiled into it.
+advance, set_up, set_up_blocks = _advance.ctypes, _set_up.ctypes, _set_up_blocks.ctypes
+ADVANCE, SET_UP = _advance.address, _set_up.address
