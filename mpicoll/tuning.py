@@ -106,8 +106,8 @@ def sizes(nranks: int, cores: int) -> Sizes:
     """
     crowded = nranks > cores
     return Sizes(
-        slot=(512 if crowded else 256) * KIB,
-        ring=2560 * KIB,
+        slot=256 * KIB,
+        ring=(1280 if crowded else 2560) * KIB,
         small=(16 if crowded else 6) * KIB,
         quiet=16 * KIB,
         far=NOT_FAR if crowded else MIB,

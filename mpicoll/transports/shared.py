@@ -5,6 +5,7 @@ What happens in a collective, step by step, is in `steps`.
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import os
 import select
@@ -170,6 +171,13 @@ _Made = TypeVar("_Made")
 _in_use: set[Channel] = set()
 
 
+@atexit.register
+def _leave() -> None:
+    """Tell ranks that wait for this one; MPI lets the process end only when they have ended, too."""
+    for channel in _in_use:
+        channel.give_up("its program has ended")
+
+
 class Channel:
     """What the calls of one communicator share; they go through it one after the other, in one order.
 
@@ -179,6 +187,7 @@ class Channel:
     def __init__(self, comm: MPI.Intracomm, sizes: Sizes) -> None:
         self.comm = comm
         self.sizes = sizes
+        self._pid = os.getpid()
         self.nranks, self.rank = comm.Get_size(), comm.Get_rank()
         self.state = _table(CHANNEL_SIZE)
         self._tables = _table(3 * self.nranks).reshape(3, self.nranks)
@@ -285,26 +294,30 @@ class Channel:
         """Whether ranks read each other's memory outside the arena, too."""
         return bool(self.state[FAR] != NOT_FAR)
 
-    def check(self) -> None:
-        """Raise `RankFailedError` if another rank cannot be waited for any more."""
-        blocks, _arenas, pids = self._tables
+    def check(self, step: int) -> None:
+        """Raise `RankFailedError` if a rank that has not published ``step`` never will."""
+        blocks, _, pids = self._tables.tolist()
         for rank in range(self.nranks):
-            block = blocks[rank]
-            if rank == self.rank:
-                continue
-            reason = ctypes.string_at(int(block) + GIVEN_UP)
+            lines = int64_at(blocks[rank]), int64_at(blocks[rank] + CACHE_LINE)
+            if rank == self.rank or max(lines) >= step:
+                continue  # it may well have ended by now: all that it had to give is there
+            reason = ctypes.string_at(blocks[rank] + GIVEN_UP)
             if reason:
-                raise RankFailedError(
-                    f"rank {rank} has left a collective of this communicator: {reason.decode()}"
-                )
-            if has_ended(int(pids[rank])):
+                raise RankFailedError(f"rank {rank} has broken off a collective: {reason.decode()}")
+            if has_ended(pids[rank]):
                 raise RankFailedError(f"rank {rank} (process {pids[rank]}) has ended")
 
     def give_up(self, reason: str) -> None:
         """No further call is possible on any rank; those that wait in one learn of it."""
+        if os.getpid() != self._pid:
+            return  # a copy of the process that fork made is not the rank
         self.state[BROKEN] = GAVE_UP
         text = reason.encode()[: CONTROL - GIVEN_UP - 1] + b"\0"
         self._control[GIVEN_UP : GIVEN_UP + len(text)] = np.frombuffer(text, np.uint8)
+
+
+def int64_at(address: int) -> int:
+    return ctypes.c_int64.from_address(address).value
 
 
 @cache
@@ -399,7 +412,7 @@ class SharedPlan:
             if result != PENDING:
                 self._raise_error(result)
             if patience == PATIENT:
-                self.channel.check()
+                self.channel.check(int(self.words[BASE] + self.words[STEP]) - 1)
             return False
         except BaseException as error:
             self._break_off(error, waiting=result == PENDING)
