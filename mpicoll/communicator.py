@@ -230,7 +230,13 @@ class Communicator(MPI.Intracomm):
         """Let the compiled method do calls like this one from now on."""
         fast = self._fast.get(name)
         arrays = [arg for arg in args[:2] if type(arg) is np.ndarray]
-        if fast is None or not arrays or not arrays[-1].dtype.isbuiltin or type(call.plan) is not SharedPlan:
+        if (
+            fast is None
+            or "algorithm" in named
+            or not arrays
+            or not arrays[-1].dtype.isbuiltin
+            or type(call.plan) is not SharedPlan
+        ):
             return
         dtype, reduction = arrays[-1].dtype, call.plan.reduction
         if reduction.number:

@@ -47,7 +47,7 @@ from mpicoll.transports.arena import ArenaError, new_array
 from mpicoll.transports.messages import MessagePlan
 from mpicoll.transports.program import Layout, compile_program
 from mpicoll.transports.shared import PATIENT, Channel, SharedPlan, Sizes, reduction
-from mpicoll.transports.steps import BROKEN
+from mpicoll.transports.steps import BROKEN, NEXT
 
 Stage = Callable[[int], bool]  # goes on for so many nanoseconds; whether it is complete
 
@@ -237,7 +237,7 @@ class HierarchicalPlan:
     def _advance_across(self, patience: int) -> bool:
         if self._across is not None and not self._across.advance(patience):
             if patience == PATIENT:
-                self._channel.check()
+                self._channel.check(int(self._channel.state[NEXT]))  # the gathering's first step
             return False
         if self._scale is not None:
             self._scale()

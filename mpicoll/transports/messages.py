@@ -162,7 +162,7 @@ def _functions() -> dict[int, int]:
 def count_cores(node: MPI.Intracomm) -> int:
     """How many cores the ranks of ``node``, which share memory, may keep busy together; collective."""
     bound = set().union(*node.allgather(os.sched_getaffinity(0)))
-    limit = min(node.allgather(cgroup_cpus() or math.inf))
+    limit: float = min(node.allgather(cgroup_cpus() or math.inf))
     return math.ceil(min(len(bound), limit))
 
 

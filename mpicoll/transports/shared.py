@@ -87,7 +87,8 @@ from mpicoll.transports.steps import (
 )
 
 PATIENT = 20_000_000  # nanoseconds to wait before Python handles signals
-NOT_FAR = np.iinfo(np.int64).max
+NOT_FAR = np.iinfo(np.int64).max  # bytes that no block has
+NO_STEP = np.iinfo(np.int64).max  # which nobody has published
 
 
 class Reduction(NamedTuple):
@@ -294,7 +295,7 @@ class Channel:
         """Whether ranks read each other's memory outside the arena, too."""
         return bool(self.state[FAR] != NOT_FAR)
 
-    def check(self, step: int) -> None:
+    def check(self, step: int = NO_STEP) -> None:
         """Raise `RankFailedError` if a rank that has not published ``step`` never will."""
         blocks, _, pids = self._tables.tolist()
         for rank in range(self.nranks):

@@ -165,7 +165,7 @@ EVERYWHERE: dict[str, Bad] = {
     "algorithm": (
         lambda: COMM.Allreduce(X, y(), algorithm="quick"),
         ValueError,
-        f"algorithm: .* auto or one of {', '.join(algorithms.names('allreduce'))}, shared for .*'quick'",
+        f"algorithm: .* {', '.join(algorithms.names('allreduce'))}, shared, hierarchical for .*'quick'",
     ),
     "algorithm of another collective": (
         lambda: COMM.Bcast(X, algorithm="ring"),

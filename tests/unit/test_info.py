@@ -38,8 +38,8 @@ def facts_of(node: str, **changes: Any) -> info.Facts:
 
 
 def everything(ranks: list[info.Facts], **changes: Any) -> info.Facts:
-    facts = {**info.software(), "mpi": {"error": "none"}, "ranks": ranks, "cuda_aware": info.no_gpu_here()}
-    return {**facts, **changes}
+    facts = {"mpi": {"error": "none"}, "ranks": ranks, "transport": "none", "cuda_aware": info.no_gpu_here()}
+    return {**info.software(), **facts, **changes}
 
 
 def test_command() -> None:
@@ -48,11 +48,13 @@ def test_command() -> None:
     line = [sys.executable, "-c", program]
     text = subprocess.run(line, capture_output=True, text=True, timeout=60, check=True).stdout
     assert "ranks       1 on 1 node" in text
+    assert "transport   shared memory (memory files; other ranks' memory is read directly: " in text
     assert len(text.splitlines()) < 25, "one screen"
     output = subprocess.run([*line, "--json"], capture_output=True, text=True, timeout=60, check=True).stdout
     facts = json.loads(output)
     assert facts["packages"]["mpi4py"] in text
     assert Path(facts["mpi"]["file"]).exists()
+    assert facts["transport"].startswith("shared memory ")
     assert facts["ranks"][0]["cpus"] == sorted(os.sched_getaffinity(0))
 
 
@@ -61,6 +63,7 @@ def test_without_mpi4py(monkeypatch: pytest.MonkeyPatch) -> None:
     result = CliRunner().invoke(info.command)
     assert result.exit_code == 0
     assert "mpi4py cannot be used" in result.output
+    assert "transport   none: there is no MPI" in result.output
     assert "ranks       1 on 1 node" in result.output
 
 
