@@ -207,7 +207,8 @@ def test_the_others_learn_of_a_rank_that_ends(run_job: Callable[[str], Job], cou
         assert report["kind"] == "RankFailedError", report
         assert f"rank {VICTIM}" in report["text"]
         assert report["at"] - job.said("gone") < PROMPT
-    job.end()
+    if end == "leave()":  # ending MPI takes all ranks
+        job.end()
 
 
 @pytest.mark.parametrize("count", [30_000, 1_000_000])
