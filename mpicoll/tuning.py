@@ -107,7 +107,7 @@ def sizes(nranks: int, cores: int) -> Sizes:
     crowded = nranks > cores
     return Sizes(
         slot=256 * KIB,
-        ring=(1280 if crowded else 2560) * KIB,
+        ring=(1280 if crowded else 3072) * KIB,
         small=(16 if crowded else 6) * KIB,
         quiet=16 * KIB,
         far=NOT_FAR if crowded else MIB,

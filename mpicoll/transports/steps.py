@@ -396,12 +396,15 @@ def _fold_twice(c, j, result, into, count):  # type: ignore[no-untyped-def]
     terms, nranks = int64s(j[TERMS]), c[NRANKS]
     block = FOLDED // max(item, 4)
     folded = c[SCRATCH] + FOLDED
+    # In place, an input would be overwritten before it has been read.
+    straight = into != 0 and j[SEND] != j[RECV] and j[STREAM] == 0
     for start in range(0, count, block):
         length = min(block, count - start)
-        _fold(c, j, folded, length)
-        _bring(c, result + start * item, folded, length * item)
-        if into != 0:
-            _copy_out(j, into + start * item, folded, length * item)
+        total = into + start * item if straight else folded
+        _fold(c, j, total, length)
+        _bring(c, result + start * item, total, length * item)
+        if into != 0 and not straight:
+            _copy_out(j, into + start * item, total, length * item)
         for rank in range(nranks):
             terms[rank] += length * item
 
@@ -684,8 +687,9 @@ def _reduction(c, j, count):  # type: ignore[no-untyped-def]
         j[KIND], j[SETTLES], j[PIECES], j[LAST] = ONE_SHOT, 0, 1, 1
         j[STRIDE] = _whole_lines(nbytes) if nbytes > INLINE else 0
         return
-    # Segments as even as can be, each but the last a whole number of cache lines for every rank.
-    pieces = (nbytes + c[SLOT] - 1) // c[SLOT]
+    # Segments as even as can be, each but the last a whole number of cache lines for every rank. From the
+    # size of a slot on there are at least two, so that there is something to do while the others work.
+    pieces = (nbytes + c[SLOT] - 1) // c[SLOT] + (nbytes == c[SLOT])
     unit = c[NRANKS] * CACHE_LINE
     segment = (nbytes // pieces + unit) // unit * unit
     j[KIND], j[SETTLES] = SLICES, 1
