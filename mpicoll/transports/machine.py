@@ -85,6 +85,14 @@ def as_float(typingctx: Any, bits: Any) -> Any:
     return types.float64(types.int64), codegen
 
 
+@njit(nogil=True)
+def read_clock(clock_gettime, timespec):  # type: ignore[no-untyped-def]
+    """Nanoseconds on a clock that only goes forward. The addresses of the C function and of its result."""
+    call(clock_gettime, (types.int32(CLOCK_MONOTONIC), timespec))
+    time = int64s(timespec)
+    return time[0] * 1_000_000_000 + time[1]
+
+
 @intrinsic
 def load_acquire(typingctx: Any, address: Any) -> Any:
     """The int64 at ``address``; what its writer wrote before it is there for all later reads."""

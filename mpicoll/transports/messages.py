@@ -23,12 +23,12 @@ from numba import njit, types
 from mpicoll.launch import cgroup_cpus
 from mpicoll.transports.machine import (
     CACHED,
-    CLOCK_MONOTONIC,
     address_of,
     as_float,
     call,
     copy_bytes,
     int64s,
+    read_clock,
     read_int32,
 )
 from mpicoll.transports.program import COLUMNS, Op, Program
@@ -75,14 +75,6 @@ _RECV, _SEND, _WAIT, _REDUCE, _COPY = (int(op) for op in (Op.RECV, Op.SEND, Op.W
 
 
 @njit(nogil=True)
-def _now(s):  # type: ignore[no-untyped-def]
-    """Nanoseconds on a clock that only goes forward."""
-    call(s[CLOCK], (types.int32(CLOCK_MONOTONIC), s[TIME]))
-    time = int64s(s[TIME])
-    return time[0] * 1_000_000_000 + time[1]
-
-
-@njit(nogil=True)
 def _wait(s, request, patience):  # type: ignore[no-untyped-def]
     """Poll one request: DONE, PENDING after ``patience`` nanoseconds, or an error code."""
     flag, status = s[FLAG], s[STATUS]
@@ -105,7 +97,7 @@ def _wait(s, request, patience):  # type: ignore[no-untyped-def]
         elif patience != BRIEF and poll % POLLS_BETWEEN_LOOKS != 0:
             continue
         # Counting polls is no substitute: where ranks share cores, one yield may take milliseconds.
-        now = _now(s)
+        now = read_clock(s[CLOCK], s[TIME])
         if deadline == 0:
             deadline = now + patience
         if now >= deadline:

@@ -31,7 +31,6 @@ from numba import njit, types
 from mpicoll.schedule import CACHE_LINE, chunk_start
 from mpicoll.transports.machine import (
     CACHED,
-    CLOCK_MONOTONIC,
     as_float,
     call,
     call_long,
@@ -41,6 +40,7 @@ from mpicoll.transports.machine import (
     int64s,
     load_acquire,
     pause,
+    read_clock,
     store_release,
 )
 
@@ -185,14 +185,6 @@ def _take_place(c, j, t):  # type: ignore[no-untyped-def]
 
 
 @njit(nogil=True)
-def _now(c):  # type: ignore[no-untyped-def]
-    """Nanoseconds on a clock that only goes forward."""
-    call(c[CLOCK], (types.int32(CLOCK_MONOTONIC), c[TIME]))
-    time = int64s(c[TIME])
-    return time[0] * 1_000_000_000 + time[1]
-
-
-@njit(nogil=True)
 def _poll(c, line, step, patience):  # type: ignore[no-untyped-def]
     """Wait until a line says ``step`` or more; false after ``patience`` nanoseconds."""
     if load_acquire(line) >= step:
@@ -205,13 +197,13 @@ def _poll(c, line, step, patience):  # type: ignore[no-untyped-def]
         pause()
     if patience == SPIN:
         return False
-    began = _now(c)
+    began = read_clock(c[CLOCK], c[TIME])
     polls = 0
     while load_acquire(line) < step:
         call(c[YIELD], ())
         polls += 1
         if polls % POLLS_BETWEEN_LOOKS == 0:
-            waited = _now(c) - began
+            waited = read_clock(c[CLOCK], c[TIME]) - began
             if waited >= patience:
                 return False
             if waited >= c[DROWSY]:
@@ -345,7 +337,7 @@ def _bring(c, dst, src, nbytes):  # type: ignore[no-untyped-def]
         way = 0
     if timed and c[BRINGS] % (TRIED_ONCE_IN * TIMED_ONCE_IN) == 0:
         way = 1 - way
-    began = _now(c) if timed else 0
+    began = read_clock(c[CLOCK], c[TIME]) if timed else 0
     if way == 0:
         copy_bytes(dst, src, nbytes)
     else:
@@ -354,7 +346,7 @@ def _bring(c, dst, src, nbytes):  # type: ignore[no-untyped-def]
         if timed:
             fence()
     if timed:
-        cost = ((_now(c) - began) << 10) // nbytes + 1
+        cost = ((read_clock(c[CLOCK], c[TIME]) - began) << 10) // nbytes + 1
         if way == 1:
             cost *= 2  # those who read it have to fetch it from further away
         costs[way] = min(cost, costs[way] + costs[way] // 4) if costs[way] != 0 else cost
