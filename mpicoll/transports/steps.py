@@ -348,7 +348,7 @@ def _bring(c, dst, src, nbytes):  # type: ignore[no-untyped-def]
     if timed:
         cost = ((read_clock(c[CLOCK], c[TIME]) - began) << 10) // nbytes + 1
         if way == 1:
-            cost *= 2  # those who read it have to fetch it from further away
+            cost += cost // 4  # those who read it have to fetch it from further away
         costs[way] = min(cost, costs[way] + costs[way] // 4) if costs[way] != 0 else cost
 
 
