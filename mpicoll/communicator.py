@@ -216,6 +216,8 @@ class Communicator(MPI.Intracomm):
             return
         plan = SharedPlan(self._channel)
         for name in fastcalls.METHODS:
+            if getattr(type(self), name) is not getattr(Communicator, name):
+                continue  # a subclass does it in its own way
             fast = FastMethod(name, plan, getattr(self, name))
             self._fast[name.lower()] = fast
             setattr(self, name, fast.call)

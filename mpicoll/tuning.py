@@ -111,7 +111,7 @@ def sizes(nranks: int, cores: int) -> Sizes:
         small=(16 if crowded else 6) * KIB,
         quiet=16 * KIB,
         far=NOT_FAR if crowded else MIB,
-        large=4 * MIB,
+        large=16 * MIB,
         spins=0 if crowded else 2000,
         drowsy=0 if crowded else MILLISECOND,
     )

@@ -24,7 +24,7 @@ CLOCK_MONOTONIC = 1  # of Linux
 
 _X86 = platform.machine() == "x86_64"
 _BYTE, _WORD = ir.IntType(8), ir.IntType(64)
-_STREAMED = ir.VectorType(_WORD, 8)  # a cache line
+_LINE = ir.VectorType(_WORD, 8)  # of the cache
 
 
 @intrinsic
@@ -152,20 +152,51 @@ def copy_bytes(typingctx: Any, dst: Any, src: Any, nbytes: Any) -> Any:
     return types.void(types.int64, types.int64, types.int64), codegen
 
 
+def _copy_one_line(builder: ir.IRBuilder, args: Any) -> Any:
+    """Copy a cache line to where another begins; returns the store."""
+    target, source = (builder.inttoptr(arg, _LINE.as_pointer()) for arg in args)
+    value = builder.load(source)
+    value.align = 1
+    store = builder.store(value, target)
+    store.align = 64
+    return store
+
+
+@intrinsic
+def _copy_line(typingctx: Any, dst: Any, src: Any) -> Any:
+    def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
+        _copy_one_line(builder, args)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64), codegen
+
+
 @intrinsic
 def _stream_line(typingctx: Any, dst: Any, src: Any) -> Any:
-    """Copy a cache line to ``dst``, which begins one, past the caches."""
+    """As `_copy_line`, past the caches."""
 
     def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
-        target, source = (builder.inttoptr(arg, _STREAMED.as_pointer()) for arg in args)
-        value = builder.load(source)
-        value.align = 1
-        store = builder.store(value, target)
-        store.align = 64
+        store = _copy_one_line(builder, args)
         store.set_metadata("nontemporal", builder.module.add_metadata([ir.IntType(32)(1)]))
         return context.get_dummy_value()
 
     return types.void(types.int64, types.int64), codegen
+
+
+@njit(nogil=True)
+def copy_lines(dst, src, nbytes):  # type: ignore[no-untyped-def]
+    """Copy what another core has written; the two must not overlap.
+
+    Where the lines are far away this is twice as fast as the C library's copy, whose single instruction for
+    long copies does not fetch as many of them at once.
+    """
+    head = min(nbytes, -dst & 63)
+    copy_bytes(dst, src, head)
+    lines = (nbytes - head) // 64
+    for at in range(head, head + lines * 64, 64):
+        _copy_line(dst + at, src + at)
+    done = head + lines * 64
+    copy_bytes(dst + done, src + done, nbytes - done)
 
 
 @njit(nogil=True)

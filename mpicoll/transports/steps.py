@@ -35,6 +35,7 @@ from mpicoll.transports.machine import (
     call,
     call_long,
     copy_bytes,
+    copy_lines,
     copy_streaming,
     fence,
     int64s,
@@ -358,7 +359,7 @@ def _copy_out(j, dst, src, nbytes):  # type: ignore[no-untyped-def]
     if j[STREAM] != 0:
         copy_streaming(dst, src, nbytes)
     else:
-        copy_bytes(dst, src, nbytes)
+        copy_lines(dst, src, nbytes)
 
 
 @njit(nogil=True)
