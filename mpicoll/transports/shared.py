@@ -168,6 +168,9 @@ class Sizes(NamedTuple):
 
 _Made = TypeVar("_Made")
 
+# What it costs to bring data in depends on where the system has put the ranks, not on the channel.
+_costs = _table(2)
+
 # Channels whose memory other ranks may be reading, even when nothing here refers to them.
 _in_use: set[Channel] = set()
 
@@ -212,7 +215,8 @@ class Channel:
         state[LARGE], state[SPINS] = sizes.large, sizes.spins
         state[SCRATCH] = self._scratch.ctypes.data
         state[[BLOCKS, ARENAS, PIDS]] = [table.ctypes.data for table in self._tables]
-        state[[TIME, NAP, VECTORS, COSTS]] = self.address + 8 * (np.array([TIME, NAP, VECTORS, COSTS]) + 1)
+        state[[TIME, NAP, VECTORS]] = self.address + 8 * (np.array([TIME, NAP, VECTORS]) + 1)
+        state[COSTS] = _costs.ctypes.data
         state[NAP + 2], state[DROWSY] = NAP_LENGTH, sizes.drowsy
         for slot, address in _functions().items():
             state[slot] = address

@@ -75,7 +75,7 @@ UNFENCED = 33  # whether that has happened since the last step was published
 DROWSY = 39  # nanoseconds of waiting after which a rank sleeps between polls
 BROKEN = 34  # whether no further call is possible
 BRINGS = 35  # how often something large has been brought in
-COSTS = 36  # time per byte of doing so through the caches, and past them
+COSTS = 36  # address of two numbers: time per byte of doing so through the caches, and past them
 CHANNEL_SIZE = 40
 
 # -- a job's state: one collective call.

@@ -336,3 +336,16 @@ def test_receive_counts_that_change_on_other_ranks_only() -> None:
         start, received = sum(counts[:RANK]), np.zeros(counts[RANK], "i8")
         COMM.Reduce_scatter(data(RANK, 4 * SIZE, shift), received)
         np.testing.assert_array_equal(received, total(SIZE, 4 * SIZE, shift)[start : start + counts[RANK]])
+
+
+def test_a_subclass_may_do_a_collective_in_its_own_way() -> None:
+    class Doubled(mpicoll.Communicator):
+        def Allreduce(self, sendbuf: Any, recvbuf: Any, op: Any = MPI.SUM, **named: Any) -> None:
+            super().Allreduce(sendbuf, recvbuf, op, **named)
+            recvbuf *= 2
+
+    with Doubled(WORLD) as comm:
+        values, sums = np.arange(10) + RANK, np.zeros(10, int)
+        for _ in range(3):
+            comm.Allreduce(values, sums)
+            np.testing.assert_array_equal(sums, 2 * (np.arange(10) * SIZE + sum(range(SIZE))))
