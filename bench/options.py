@@ -100,8 +100,15 @@ class Options:
 @click.option("--persistent", is_flag=True, help="Measure persistent calls, too.")
 @click.option("--algorithm", metavar="NAME[,NAME...]", default=AUTO, help="Measure each of these.")
 @click.option("--turns", type=click.IntRange(min=1), default=5, help="Turns of each; the median counts.")
-@click.option("--json", metavar="FILE", type=click.Path(path_type=Path), help="Write the results here.")
-@click.option("--plot", metavar="FILE.png", type=click.Path(path_type=Path), help="Draw time over size here.")
+@click.option(
+    "--json", metavar="FILE", type=click.Path(path_type=Path, readable=False), help="Write the results here."
+)
+@click.option(
+    "--plot",
+    metavar="FILE.png",
+    type=click.Path(path_type=Path, readable=False),
+    help="Draw time over size here.",
+)
 def command(datatype: str, op: str | None, algorithm: str, root: int | None, **given: Any) -> Options:
     """Measure a collective on all ranks that mpirun started, as nccl-tests does on GPUs.
 
