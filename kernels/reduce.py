@@ -178,6 +178,15 @@ def check_supported(op: str, dtype: np.dtype[Any]) -> None:
         raise TypeError(f"op: {op} is not defined for {dtype}; allowed: {', '.join(allowed) or 'none'}")
 
 
+def rounds_often(op: str, dtype: np.dtype[Any], nranks: int) -> bool:
+    """Whether partial results need float32: sums of more than two 16-bit floats would be rounded twice.
+
+    ``op`` may also be AVG, which divides after the sum.
+    """
+    half = dtype.itemsize == 2 and dtype.kind in "fV"
+    return half and op not in ("MIN", "MAX") and (nranks > 2 or op == "AVG")
+
+
 @cache
 def _compiled(kernel: Callable[..., None], *arguments: types.Type) -> Any:
     """The kernel as a C function; kept for good, for compiled code holds its address."""

@@ -21,7 +21,7 @@ import numpy as np
 from mpi4py import MPI
 
 from mpicoll import algorithms, tuning
-from mpicoll.buffers import BFLOAT16, BYTES, Blocks, Dtype, Message, check_same_type, parse, parse_blocks
+from mpicoll.buffers import BYTES, Blocks, Dtype, Message, check_same_type, parse, parse_blocks
 from mpicoll.kernels import reduce as kernels
 from mpicoll.requests import Call, Plan
 from mpicoll.schedule import Schedule, chunk_bounds
@@ -30,7 +30,6 @@ from mpicoll.transports.messages import MessagePlan
 from mpicoll.transports.program import Layout, compile_program
 from mpicoll.transports.shared import NO_REDUCTION, Channel, Reduction, SharedPlan, reduction
 
-FLOAT16 = np.dtype(np.float16)
 FLOAT32 = np.dtype(np.float32)
 MAX_PLANS = 128  # kept for one-shot calls, the least recently used going first
 MAX_SCRATCH = 256 << 20  # bytes that kept plans may hold together
@@ -228,7 +227,7 @@ class CallMaker:
         total = shape if isinstance(shape, int) else sum(shape)
         into = recv.address if recv is not None else 0
         in_place = recv is not None and recv.address == send.address
-        widened = algorithm != SHARED and self._must_widen(operation, send.dtype)
+        widened = algorithm != SHARED and kernels.rounds_often(operation, send.dtype, self._nranks)
         # A scattered result moves to the front of its buffer, where an input may still be wanted.
         staged = in_place and collective == "reduce_scatter"
         dtype = FLOAT32 if widened else send.dtype
@@ -242,12 +241,6 @@ class CallMaker:
         elif staged:
             _stage_input(call, total * send.size)
         return call
-
-    def _must_widen(self, operation: str, dtype: Dtype) -> bool:
-        """Whether partial results need float32: sums of more than two 16-bit floats would round twice."""
-        if dtype not in (FLOAT16, BFLOAT16) or operation in ("MIN", "MAX"):
-            return False
-        return self._nranks > 2 or operation == "AVG"
 
     def _reduction_plan(
         self,

@@ -26,7 +26,12 @@ from mpicoll.transports import steps
 from mpicoll.transports.machine import CACHED, address_of, call, call_long, int64s
 from mpicoll.transports.shared import PATIENT, Reduction, SharedPlan
 from mpicoll.transports.steps import (
+    ALLGATHER,
+    ALLREDUCE,
+    ALLTOALL,
     AVERAGE,
+    BARRIER,
+    BROADCAST,
     CHANNEL,
     DONE,
     FIRST,
@@ -37,6 +42,8 @@ from mpicoll.transports.steps import (
     OPERATION,
     RANK,
     RECV,
+    REDUCE,
+    REDUCE_SCATTER,
     SEND,
     SPIN,
 )
@@ -77,18 +84,14 @@ METH_FASTCALL, METH_KEYWORDS = 0x80, 0x02
 
 QUICK = 32 << 10  # bytes up to which no other Python thread is let in at once: that takes as long as the call
 
-_ALLREDUCE, _REDUCE, _REDUCE_SCATTER, _BROADCAST, _ALLGATHER, _GATHER, _SCATTER, _ALLTOALL, _BARRIER = range(
-    9
-)
-
 METHODS = {
-    "Allreduce": _ALLREDUCE,
-    "Reduce": _REDUCE,
-    "Reduce_scatter_block": _REDUCE_SCATTER,
-    "Bcast": _BROADCAST,
-    "Allgather": _ALLGATHER,
-    "Alltoall": _ALLTOALL,
-    "Barrier": _BARRIER,
+    "Allreduce": ALLREDUCE,
+    "Reduce": REDUCE,
+    "Reduce_scatter_block": REDUCE_SCATTER,
+    "Bcast": BROADCAST,
+    "Allgather": ALLGATHER,
+    "Alltoall": ALLTOALL,
+    "Barrier": BARRIER,
 }
 
 
@@ -134,12 +137,12 @@ def _set_up(s, buffers, nbuffers, operation, root):  # type: ignore[no-untyped-d
     collective, nranks, me = s[COLLECTIVE], c[NRANKS], c[RANK]
     if root < 0 or root >= nranks:
         return -1
-    if collective == _BARRIER:
+    if collective == BARRIER:
         j[OPERATION] = 0
         call(s[SET_UP], (s[JOB], collective, types.int64(0), types.int64(0)))
         return 0
     last = buffers[nbuffers - 1]
-    writes = collective != _BROADCAST or root != me
+    writes = collective != BROADCAST or root != me
     if not _is_plain(s, last, BEHAVED | WRITABLE if writes else BEHAVED):
         return -1
     dtype, recv, count = int64s(last)[DTYPE], int64s(last)[DATA], _size(last)
@@ -154,15 +157,15 @@ def _set_up(s, buffers, nbuffers, operation, root):  # type: ignore[no-untyped-d
     if at == 0:
         return -1
     item = s[at + 3]
-    if collective in (_ALLREDUCE, _REDUCE):
-        fits = sent == count and (not in_place or collective == _ALLREDUCE or me == root)
-    elif collective == _REDUCE_SCATTER:
+    if collective in (ALLREDUCE, REDUCE):
+        fits = sent == count and (not in_place or collective == ALLREDUCE or me == root)
+    elif collective == REDUCE_SCATTER:
         fits = sent == count * nranks and not in_place
-    elif collective == _ALLGATHER:
+    elif collective == ALLGATHER:
         count = count // nranks if in_place else sent
         fits = _size(last) == count * nranks
         send += me * count * item if in_place else 0
-    elif collective == _ALLTOALL:
+    elif collective == ALLTOALL:
         fits = sent == count and count % nranks == 0 and not in_place
         count //= nranks
     else:
@@ -171,7 +174,7 @@ def _set_up(s, buffers, nbuffers, operation, root):  # type: ignore[no-untyped-d
         return -1
     _use_kind(s, j, at)
     j[SEND], j[RECV] = send, recv
-    length = count if collective <= _REDUCE_SCATTER else count * item
+    length = count if collective <= REDUCE_SCATTER else count * item
     call(s[SET_UP], (s[JOB], collective, length, root))
     return max(sent, count) * item
 
@@ -190,8 +193,8 @@ def _parse(s, args, nargs, names):  # type: ignore[no-untyped-def]
     """Find buffers, operation and root among the arguments, and set the job up; -1 for no plain call."""
     collective = s[COLLECTIVE]
     given = int64s(args)
-    nbuffers = 0 if collective == _BARRIER else 1 if collective == _BROADCAST else 2
-    reduces = collective <= _REDUCE_SCATTER
+    nbuffers = 0 if collective == BARRIER else 1 if collective == BROADCAST else 2
+    reduces = collective <= REDUCE_SCATTER
     if nargs < nbuffers:
         return -1
     operation = s[SUM] if reduces else 0
@@ -200,7 +203,7 @@ def _parse(s, args, nargs, names):  # type: ignore[no-untyped-def]
     if reduces and at < nargs:
         operation = given[at]
         at += 1
-    if (collective in (_REDUCE, _BROADCAST)) and at < nargs:
+    if (collective in (REDUCE, BROADCAST)) and at < nargs:
         root = _number(s, given[at])
         at += 1
     if at < nargs:
@@ -210,7 +213,7 @@ def _parse(s, args, nargs, names):  # type: ignore[no-untyped-def]
             name, value = int64s(names)[ITEMS + index], given[nargs + index]
             if name == s[OP_NAME] and reduces:
                 operation = value
-            elif name == s[ROOT_NAME] and (collective in (_REDUCE, _BROADCAST)):
+            elif name == s[ROOT_NAME] and (collective in (REDUCE, BROADCAST)):
                 root = _number(s, value)
             else:
                 return -1

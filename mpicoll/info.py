@@ -131,11 +131,11 @@ class Driver:
     """NVIDIA's driver library, with no package around it; calls raise `OSError` with its status."""
 
     def __init__(self) -> None:
-        self.library = ctypes.CDLL("libcuda.so.1")
+        self.cuda = ctypes.CDLL("libcuda.so.1")
         self.call("cuInit", 0)
 
     def call(self, name: str, *arguments: object) -> None:
-        status = getattr(self.library, name)(*arguments)
+        status = getattr(self.cuda, name)(*arguments)
         if status:
             raise OSError(f"{name} returned {status}")
 

@@ -184,19 +184,25 @@ def _stream_line(typingctx: Any, dst: Any, src: Any) -> Any:
 
 
 @njit(nogil=True)
+def _ends(dst, src, nbytes):  # type: ignore[no-untyped-def]
+    """Copy what lies before the first and after the last whole line of ``dst``; where these begin and end."""
+    head = min(nbytes, -dst & 63)
+    done = head + (nbytes - head) // 64 * 64
+    copy_bytes(dst, src, head)
+    copy_bytes(dst + done, src + done, nbytes - done)
+    return head, done
+
+
+@njit(nogil=True)
 def copy_lines(dst, src, nbytes):  # type: ignore[no-untyped-def]
     """Copy what another core has written; the two must not overlap.
 
     Where the lines are far away this is twice as fast as the C library's copy, whose single instruction for
     long copies does not fetch as many of them at once.
     """
-    head = min(nbytes, -dst & 63)
-    copy_bytes(dst, src, head)
-    lines = (nbytes - head) // 64
-    for at in range(head, head + lines * 64, 64):
+    begin, end = _ends(dst, src, nbytes)
+    for at in range(begin, end, 64):
         _copy_line(dst + at, src + at)
-    done = head + lines * 64
-    copy_bytes(dst + done, src + done, nbytes - done)
 
 
 @njit(nogil=True)
@@ -206,13 +212,9 @@ def copy_streaming(dst, src, nbytes):  # type: ignore[no-untyped-def]
     Half the traffic of an ordinary copy is saved that way. The two must not overlap. Others see the copy
     after a `fence` only.
     """
-    head = min(nbytes, -dst & 63)
-    copy_bytes(dst, src, head)
-    lines = (nbytes - head) // 64
-    for at in range(head, head + lines * 64, 64):
+    begin, end = _ends(dst, src, nbytes)
+    for at in range(begin, end, 64):
         _stream_line(dst + at, src + at)
-    done = head + lines * 64
-    copy_bytes(dst + done, src + done, nbytes - done)
 
 
 def address_of(function: Any) -> int:

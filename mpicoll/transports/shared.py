@@ -116,8 +116,7 @@ def reduction(operation: str, dtype: np.dtype[Any], nranks: int) -> Reduction:
     number = 1 + _NAMES.index(operation) * len(_DTYPES) + _DTYPES.index(dtype)
     average = operation == "AVG"
     kernel = "SUM" if average else operation
-    half = dtype.itemsize == 2 and dtype.kind in "fV"
-    if not half or operation in ("MIN", "MAX") or (nranks == 2 and not average):
+    if not kernels.rounds_often(operation, dtype, nranks):
         address = kernels.reduce_kernel(kernel, dtype)
         scale = kernels.scale_kernel(dtype) if average else 0
         return Reduction(number, dtype.itemsize, address, address, scale)

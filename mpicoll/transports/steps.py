@@ -662,9 +662,7 @@ COLLECTIVES = (
     "alltoall",
     "barrier",
 )
-_ALLREDUCE, _REDUCE, _REDUCE_SCATTER, _BROADCAST, _ALLGATHER, _GATHER, _SCATTER, _ALLTOALL, _BARRIER = range(
-    9
-)
+ALLREDUCE, REDUCE, REDUCE_SCATTER, BROADCAST, ALLGATHER, GATHER, SCATTER, ALLTOALL, BARRIER = range(9)
 
 
 @njit(nogil=True)
@@ -736,7 +734,7 @@ def _blocks_to_move(c, j, collective):  # type: ignore[no-untyped-def]
     """Any collective that only moves bytes, the tables of blocks being filled."""
     nranks, me = c[NRANKS], c[RANK]
     j[KIND] = EXCHANGE
-    j[SHARED] = collective in (_BROADCAST, _ALLGATHER, _GATHER)
+    j[SHARED] = collective in (BROADCAST, ALLGATHER, GATHER)
     largest = _largest(int64s(j[RECV_LENGTH]), nranks)
     if j[UNEVEN] != 0 or j[SENDER] != EVERYONE or j[RECEIVER] != EVERYONE:
         largest = max(largest, _largest(int64s(j[SEND_LENGTH]), nranks))
@@ -761,22 +759,22 @@ def _set_up(job, collective, count, root):  # type: ignore[no-untyped-def]
     j = int64s(job)
     c = int64s(j[CHANNEL])
     nranks, me = c[NRANKS], c[RANK]
-    j[SENDER] = root if collective in (_BROADCAST, _SCATTER) else EVERYONE
-    j[RECEIVER] = root if collective in (_REDUCE, _GATHER) else EVERYONE
+    j[SENDER] = root if collective in (BROADCAST, SCATTER) else EVERYONE
+    j[RECEIVER] = root if collective in (REDUCE, GATHER) else EVERYONE
     j[CALL] = collective + 256 * root + (j[OPERATION] << 32)
     j[SIZE] = count
     j[UNEVEN] = j[FOREIGN] = j[STREAM] = j[STEP] = 0
-    reduces = collective <= _REDUCE_SCATTER
-    if collective <= _REDUCE and nranks > 1:
+    reduces = collective <= REDUCE_SCATTER
+    if collective <= REDUCE and nranks > 1:
         _reduction(c, j, count)
         return
     sent, received = int64s(j[SEND_AT]), int64s(j[RECV_AT])
     sent_lengths, received_lengths = int64s(j[SEND_LENGTH]), int64s(j[RECV_LENGTH])
-    one_for_each = collective in (_REDUCE_SCATTER, _SCATTER, _ALLTOALL)
+    one_for_each = collective in (REDUCE_SCATTER, SCATTER, ALLTOALL)
     for rank in range(nranks):
         sent[rank] = rank * count if one_for_each else 0
         sent_lengths[rank] = count if _sends(c, j, me) else 0
-        received[rank] = 0 if collective in (_BROADCAST, _SCATTER) else rank * count
+        received[rank] = 0 if collective in (BROADCAST, SCATTER) else rank * count
         wanted = j[RECEIVER] == EVERYONE or j[RECEIVER] == me
         received_lengths[rank] = count if wanted and _sends(c, j, rank) else 0
     if reduces and nranks > 1:
@@ -784,7 +782,7 @@ def _set_up(job, collective, count, root):  # type: ignore[no-untyped-def]
         return
     if reduces:  # a single rank's sum is its input
         received_lengths[0] *= j[ITEM]
-    if collective == _BROADCAST and j[SENDER] == me:
+    if collective == BROADCAST and j[SENDER] == me:
         received_lengths[me] = 0
     _blocks_to_move(c, j, collective)
     if one_for_each and not reduces:
@@ -799,16 +797,16 @@ def _set_up_blocks(job, collective, root, uneven):  # type: ignore[no-untyped-de
     """
     j = int64s(job)
     c = int64s(j[CHANNEL])
-    j[SENDER] = root if collective == _SCATTER else EVERYONE
-    j[RECEIVER] = root if collective == _GATHER else EVERYONE
+    j[SENDER] = root if collective == SCATTER else EVERYONE
+    j[RECEIVER] = root if collective == GATHER else EVERYONE
     j[CALL] = collective + 256 * root + (j[OPERATION] << 32)
     j[UNEVEN] = uneven
     j[FOREIGN] = j[STREAM] = j[STEP] = 0
-    if collective == _REDUCE_SCATTER and c[NRANKS] > 1:
+    if collective == REDUCE_SCATTER and c[NRANKS] > 1:
         _blocks_to_reduce(c, j)
         j[SIZE] = _total(int64s(j[SEND_LENGTH]), c[NRANKS])
         return
-    if collective == _REDUCE_SCATTER:
+    if collective == REDUCE_SCATTER:
         int64s(j[RECV_LENGTH])[0] *= j[ITEM]
     _blocks_to_move(c, j, collective)
     if j[SHARED] == 0:

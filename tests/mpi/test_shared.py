@@ -26,6 +26,7 @@ from mpicoll import tuning
 from mpicoll.faults import MismatchError, RankFailedError
 from mpicoll.transports import shared
 from mpicoll.transports.arena import Arena, ArenaError, new_array, own_arena
+from tests.children import in_child
 
 from . import examples
 from .examples import EXAMPLES, Array, Example, data, in_place_or_not, roots, total
@@ -707,19 +708,6 @@ def test_no_call_after_free() -> None:
 
 
 # -- processes made by fork
-
-
-def in_child(work: Callable[[], None]) -> None:
-    """``work`` in a forked process, which ends without ending MPI; it must succeed."""
-    child = os.fork()
-    if child == 0:
-        status = 1
-        try:
-            work()
-            status = 0
-        finally:
-            os._exit(status)
-    assert os.waitpid(child, 0)[1] == 0
 
 
 def forget(held: list[Array], expected: Array) -> None:

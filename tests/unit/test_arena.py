@@ -10,7 +10,6 @@ import subprocess
 import sys
 import textwrap
 import threading
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ import pytest
 
 from mpicoll.transports import arena
 from mpicoll.transports.arena import PAGE, ArenaError, Handle, new_array, own_arena
+from tests.children import in_child
 
 MIB = 1 << 20
 LIMIT = 60  # seconds for a process that takes one
@@ -233,19 +233,6 @@ def test_a_shape_is_made_of_integers(shape: Any) -> None:
 # -- other processes
 
 
-def child_succeeds(work: Callable[[], None]) -> None:
-    """``work`` in a forked process, which ends at once."""
-    child = os.fork()
-    if child == 0:
-        status = 1
-        try:
-            work()
-            status = 0
-        finally:
-            os._exit(status)
-    assert os.waitpid(child, 0)[1] == 0
-
-
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 def test_a_forked_child_gives_nothing_back() -> None:
     held = [new_array(MIB, np.uint8) for _ in range(3)]
@@ -262,7 +249,7 @@ def test_a_forked_child_gives_nothing_back() -> None:
         assert not mine.any()
         mine[:] = 9
 
-    child_succeeds(forget)
+    in_child(forget)
     assert used() == before
     assert all((array == number + 1).all() for number, array in enumerate(held))
 

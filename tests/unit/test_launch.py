@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from mpicoll import launch
+from mpicoll.launch import library_of
 
 
 @pytest.fixture
@@ -70,7 +71,7 @@ def test_options(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_library_of(answer: str, library: str, tmp_path: Path) -> None:
-    assert launch.library_of(fake_mpirun(tmp_path, answer)) == library
+    assert library_of(fake_mpirun(tmp_path, answer)) == library
 
 
 def fake_mpirun(directory: Path, answer: str) -> str:
@@ -82,7 +83,7 @@ def fake_mpirun(directory: Path, answer: str) -> str:
 
 def test_unknown_library(tmp_path: Path) -> None:
     with pytest.raises(launch.LauncherError, match=r"names no library known here:\nsomething else"):
-        launch.library_of(fake_mpirun(tmp_path, "something else"))
+        library_of(fake_mpirun(tmp_path, "something else"))
 
 
 def test_no_mpirun(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
