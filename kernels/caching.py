@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from numba import njit
 from numba.core.ccallback import CFunc
 from numba.core.sigutils import normalize_signature
 
@@ -22,18 +21,6 @@ class CachedCode:
     def __init__(self, sources: Iterable[Path]) -> None:
         texts = [source.read_bytes() for source in sorted(sources)]
         self._stamp = hashlib.sha256(b"\0".join(texts)).hexdigest()
-
-    def njit(self, signature: str) -> Callable[[Callable[..., Any]], Any]:
-        """As `numba.njit` for one signature, without the GIL."""
-
-        def decorate(function: Callable[..., Any]) -> Any:
-            dispatcher = njit(nogil=True)(function)
-            self._keep(dispatcher)
-            dispatcher.compile(signature)
-            dispatcher.disable_compile()
-            return dispatcher
-
-        return decorate
 
     def cfunc(self, signature: Any) -> Callable[[Callable[..., Any]], Any]:
         """As `numba.cfunc`."""
@@ -52,3 +39,7 @@ class CachedCode:
         file = getattr(compiled._cache, "_cache_file", None)
         if file is not None and hasattr(file, "_source_stamp"):
             file._source_stamp = self._stamp
+
+
+# For kernels that run on the CPU. Those for GPUs are compiled by another compiler, and kept by it.
+CACHED = CachedCode(path for path in Path(__file__).parent.glob("*.py") if "_cuda" not in path.stem)

@@ -10,16 +10,15 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numba import njit, types
 
-from .caching import CachedCode
+from .caching import CACHED
 from .elements import BFLOAT16_DTYPE, element_type, load, same_address, store
-
-_CACHED = CachedCode(Path(__file__).parent.glob("*.py"))
+from .memory import as_float, call, int64s
+from .tasks import DONE, Task
 
 
 @njit(inline="always")
@@ -190,7 +189,7 @@ def rounds_often(op: str, dtype: np.dtype[Any], nranks: int) -> bool:
 @cache
 def _compiled(kernel: Callable[..., None], *arguments: types.Type) -> Any:
     """The kernel as a C function; kept for good, for compiled code holds its address."""
-    return _CACHED.cfunc(types.void(*arguments))(kernel)
+    return CACHED.cfunc(types.void(*arguments))(kernel)
 
 
 def reduce_kernel(
@@ -209,6 +208,23 @@ def reduce_kernel(
 def scale_kernel(dtype: np.dtype[Any]) -> int:
     """Address of ``void (dst*, intp count, double factor)`` doing ``dst *= factor``."""
     return int(_compiled(_scale, types.CPointer(element_type(dtype)), types.intp, types.float64).address)
+
+
+# -- the state of a task that scales: address of the kernel, address, elements, and the factor, a float64
+
+
+@CACHED.cfunc("int64(int64, int64)")
+def _scale_array(state, patience):  # type: ignore[no-untyped-def]
+    s = int64s(state)
+    call(s[0], (s[1], s[2], as_float(s[3])))
+    return DONE
+
+
+def scale_task(array: np.ndarray[Any, Any], factor: float) -> Task:
+    """``array *= factor``, for a contiguous array of floats."""
+    state = np.array([scale_kernel(array.dtype), array.ctypes.data, array.size, 0])
+    state[3:].view(np.float64)[0] = factor
+    return Task(_scale_array.address, state.ctypes.data, (array, state))
 
 
 @cache

@@ -1,28 +1,31 @@
 """mpicoll: collective communication by hand over any MPI.
 
-``Communicator`` and ``AVG`` load mpi4py when they are first used; ``mpicoll.schedule``, ``algorithms`` and
-``verify`` work without it.
+``Communicator``, ``GradientSync`` and ``AVG`` load mpi4py when they are first used; ``mpicoll.schedule``,
+``algorithms`` and ``verify`` work without it.
 """
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mpicoll.calls import AVG
     from mpicoll.communicator import Communicator
+    from mpicoll.fusion import GradientSync
 
-__all__ = ["AVG", "Communicator"]
+__all__ = ["AVG", "Communicator", "GradientSync"]
 __version__ = "0.1.0"
 
 
+_HOMES = {
+    "AVG": "mpicoll.calls",
+    "Communicator": "mpicoll.communicator",
+    "GradientSync": "mpicoll.fusion",
+}
+
+
 def __getattr__(name: str) -> Any:
-    if name == "Communicator":
-        from mpicoll.communicator import Communicator
-
-        return Communicator
-    if name == "AVG":
-        from mpicoll.calls import AVG
-
-        return AVG
+    if name in _HOMES:
+        return getattr(import_module(_HOMES[name]), name)
     raise AttributeError(f"module 'mpicoll' has no attribute {name!r}")

@@ -556,6 +556,15 @@ class CallMaker:
         return Blocks(message, counts, [rank * message.count for rank in range(self._nranks)])
 
 
+def operation_name(op: Operation) -> str | None:
+    """The operation's name, None for one that users made; TypeError for anything else."""
+    if isinstance(op, Average):
+        return "AVG"
+    if not isinstance(op, MPI.Op):
+        raise TypeError(f"op: expected an MPI operation such as MPI.SUM, or mpicoll.AVG; got {op!r}")
+    return _OPERATION_NAMES.get(MPI._handleof(op))
+
+
 def _reduction(send: Message, recv: Message, op: Operation) -> str | None:
     """The operation's name, None if MPI must do it; TypeError if the dtype cannot do it."""
     check_same_type(send, recv, arithmetic=True)
@@ -564,9 +573,7 @@ def _reduction(send: Message, recv: Message, op: Operation) -> str | None:
         if dtype is None or not kernels.supports("SUM", dtype) or dtype.kind in "iu":
             raise TypeError(f"op: AVG is defined for floating and complex dtypes, got {send.type_name}")
         return "AVG"
-    if not isinstance(op, MPI.Op):
-        raise TypeError(f"op: expected an MPI operation such as MPI.SUM, or mpicoll.AVG; got {op!r}")
-    name = _OPERATION_NAMES.get(MPI._handleof(op))
+    name = operation_name(op)
     if name is None or dtype is None or dtype not in kernels.DTYPES:
         return None
     kernels.check_supported(name, dtype)

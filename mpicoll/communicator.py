@@ -12,10 +12,11 @@ import numpy.typing as npt
 from mpi4py import MPI
 
 from mpicoll import algorithms, fastcalls, tuning
-from mpicoll.calls import HIERARCHICAL, SHARED, CallMaker
+from mpicoll.calls import HIERARCHICAL, SHARED, CallMaker, Operation
 from mpicoll.fastcalls import FastMethod
+from mpicoll.grouped import ManyCalls
 from mpicoll.repeated import RepeatedCalls, signature
-from mpicoll.requests import Call, PersistentCall, Plan, Request
+from mpicoll.requests import Call, PersistentCall, Plan, Request, Series
 from mpicoll.transports import hierarchical
 from mpicoll.transports.arena import new_array
 from mpicoll.transports.hierarchical import HierarchicalPlan, Hierarchy
@@ -86,8 +87,7 @@ def _persistent(prepare: _Prepare) -> Any:
             call.plan.move_to(call.plan.channel.twin())
         elif isinstance(call.plan, HierarchicalPlan) and self._hierarchy is not None:
             call.plan.move_to(self._hierarchy.twin())
-        self._persistent_tag = (self._persistent_tag + 1) % len(PERSISTENT_TAGS)
-        return PersistentCall(call, PERSISTENT_TAGS[self._persistent_tag])
+        return PersistentCall(call, self._take_persistent_tag())
 
     return method
 
@@ -163,6 +163,7 @@ class Communicator(MPI.Intracomm):
         self._quicken()
         self._tag = 0
         self._persistent_tag = 0
+        self._many = ManyCalls(self._maker, self._channel, self._take_persistent_tag())
 
     def _share_memory(self, node: MPI.Intracomm, cores: int, spins: int) -> str | None:
         """Use what memory the ranks share; if there is none, why messages must do."""
@@ -286,6 +287,32 @@ class Communicator(MPI.Intracomm):
         gone. Raises MemoryError if the machine has not that much left, OSError where memory cannot be shared.
         """
         return new_array(shape, dtype)
+
+    def Allreduce_many(
+        self, arrays: Sequence[Any], op: Operation = MPI.SUM, *, algorithm: str | None = None
+    ) -> None:
+        """Reduce many arrays in place, each as `Allreduce` would, in few large messages.
+
+        ``arrays``, of any sizes and dtypes, are the same in number, sizes and dtypes on all ranks, and do not
+        overlap. What was prepared for a list serves again while the arrays stay where they are. Raises
+        TypeError and ValueError that name the array.
+        """
+        many = self._many.find(arrays, op, algorithm)
+        if many is None:
+            for array in arrays:
+                self.Allreduce(MPI.IN_PLACE, array, op)
+        else:
+            many.finish()
+
+    def series(self) -> Series:
+        """What makes calls that follow each other, beside all other calls of this one; collective."""
+        source = self._channel or self._hierarchy
+        channel = source.twin() if source is not None else None
+        return Series(self._maker, channel, self._take_persistent_tag())
+
+    def _take_persistent_tag(self) -> int:
+        self._persistent_tag = (self._persistent_tag + 1) % len(PERSISTENT_TAGS)
+        return PERSISTENT_TAGS[self._persistent_tag]
 
     # -- communicators from this one
 

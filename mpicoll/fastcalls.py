@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import ctypes
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
 
@@ -22,8 +22,10 @@ import numpy as np
 from mpi4py import MPI
 from numba import njit, types
 
+from mpicoll.kernels.memory import call, call_long, int64s
+from mpicoll.kernels.tasks import DONE
 from mpicoll.transports import steps
-from mpicoll.transports.machine import CACHED, address_of, call, call_long, int64s
+from mpicoll.transports.machine import CACHED, address_of
 from mpicoll.transports.shared import PATIENT, Reduction, SharedPlan
 from mpicoll.transports.steps import (
     ALLGATHER,
@@ -33,7 +35,6 @@ from mpicoll.transports.steps import (
     BARRIER,
     BROADCAST,
     CHANNEL,
-    DONE,
     FIRST,
     FOLD,
     ITEM,
@@ -81,6 +82,7 @@ DATA, NDIM, DIMENSIONS, DTYPE, FLAGS = 2, 3, 4, 7, 8  # of an array
 ITEMS = 3  # of a tuple
 CONTIGUOUS, BEHAVED, WRITABLE = 0x3, 0x100, 0x400
 METH_FASTCALL, METH_KEYWORDS = 0x80, 0x02
+DESCRIPTION = 4  # words that tell an array from others
 
 QUICK = 32 << 10  # bytes up to which no other Python thread is let in at once: that takes as long as the call
 
@@ -278,6 +280,20 @@ def _wait(me, args, nargs, names):  # type: ignore[no-untyped-def]
     return _result(s, s[TRUE])
 
 
+@CACHED.cfunc("int64(int64, int64, int64, int64)")
+def _describe(sequence, is_list, array, table):  # type: ignore[no-untyped-def]
+    """Write down where arrays in a list or tuple are, and what they hold; false if not all are arrays."""
+    length = int64s(sequence)[ITEMS - 1]
+    items = int64s(int64s(sequence)[ITEMS]) if is_list != 0 else int64s(sequence + 8 * ITEMS)
+    for i in range(length):
+        words, row = int64s(items[i]), int64s(table + 8 * DESCRIPTION * i)
+        if words[TYPE] != array:
+            return 0
+        row[0], row[1] = words[DATA], _size(items[i])
+        row[2], row[3] = words[DTYPE], words[FLAGS] & 0xFFFFFFFF
+    return 1
+
+
 class _Definition(ctypes.Structure):
     """CPython's PyMethodDef."""
 
@@ -347,6 +363,8 @@ def available() -> bool:
     words = (ctypes.c_int64 * (FLAGS + 1)).from_address(id(array))
     names = ("op", "root")
     items = (ctypes.c_int64 * (ITEMS + 2)).from_address(id(names))
+    listed = list(names)
+    in_list = (ctypes.c_int64 * (ITEMS + 1)).from_address(id(listed))
     dimensions = (ctypes.c_int64 * 2).from_address(words[DIMENSIONS])
     return (
         words[TYPE] == id(np.ndarray)
@@ -357,7 +375,27 @@ def available() -> bool:
         and words[FLAGS] & 0xFFFFFFFF == array.flags.num
         and items[ITEMS - 1] == len(names)
         and list(items[ITEMS:]) == [id(name) for name in names]
+        and in_list[ITEMS - 1] == len(listed)
+        and list((ctypes.c_int64 * 2).from_address(in_list[ITEMS])) == [id(name) for name in listed]
     )
+
+
+@cache
+def _describe_function() -> Callable[[int, bool, int, int], int]:
+    """It keeps the GIL, without which another thread might change the list."""
+    return ctypes.PYFUNCTYPE(ctypes.c_int64, *[ctypes.c_int64] * 4)(_describe.address)
+
+
+def described(arrays: Sequence[Any]) -> bytes | None:
+    """What tells a list or tuple of arrays from others: address, size, dtype and flags of each.
+
+    None if they are not all plain NumPy arrays. A dtype counts as another when it is another object.
+    """
+    if type(arrays) not in (list, tuple) or not available():
+        return None
+    table = np.empty(DESCRIPTION * len(arrays), np.int64)
+    known = _describe_function()(id(arrays), type(arrays) is list, id(np.ndarray), table.ctypes.data)
+    return table.tobytes() if known else None
 
 
 class FastMethod:

@@ -10,16 +10,22 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from mpi4py import MPI
 
 from mpicoll import fastcalls
 from mpicoll.fastcalls import FastStart
+from mpicoll.kernels.tasks import Task
+from mpicoll.progress import PythonTask
 from mpicoll.transports.hierarchical import HierarchicalPlan
 from mpicoll.transports.messages import BRIEF, PATIENT, MessagePlan
-from mpicoll.transports.shared import SharedPlan
+from mpicoll.transports.shared import Channel, SharedPlan
+from mpicoll.transports.steps import BROKEN
+
+if TYPE_CHECKING:
+    from mpicoll.calls import CallMaker
 
 Plan = MessagePlan | SharedPlan | HierarchicalPlan
 
@@ -203,6 +209,56 @@ class Request(MPI.Grequest):
     def test(self, status: MPI.Status | None = None) -> tuple[bool, Any]:
         """As `Test`, in the form of mpi4py's lower-case functions."""
         return self.Test(status), None
+
+
+class Series:
+    """Makes calls that follow each other, in the same order on every rank, as tasks for a `TaskQueue`.
+
+    ``maker`` prepares them; ``channel`` is theirs alone, or None where they travel in messages, with ``tag``.
+    """
+
+    def __init__(self, maker: CallMaker, channel: Channel | None, tag: int) -> None:
+        self._maker = maker
+        self._tag = tag
+        self.channel = channel
+        self.calls: list[Call] = []  # made so far, with the memory that their tasks use
+
+    def tasks(self, collective: str, *args: Any, factor: float | None = None, **named: Any) -> list[Task]:
+        """A collective as tasks, ``collective`` being a method of `CallMaker`, with mpi4py's arguments.
+
+        ``factor`` is for ``op=AVG``: what sums are multiplied by, instead of one over the number of ranks.
+        """
+        call = getattr(self._maker, collective)(*args, **named)
+        if call is None:
+            raise TypeError(f"{collective}: expected a predefined operation and dtype")
+        if self.channel is not None and isinstance(call.plan, (SharedPlan, HierarchicalPlan)):
+            call.plan.move_to(self.channel)
+        if factor is not None:
+            call.plan.set_factor(factor)
+        call.bind(self._tag)
+        before, after = ([PythonTask(f).task] if f is not None else [] for f in (call.before, call.after))
+        self.calls.append(call)
+        return [*before, *call.plan.tasks, *after]
+
+    def may_have_a_thread(self) -> bool:
+        """Whether a thread may do the tasks made so far: those that call MPI take MPI_THREAD_MULTIPLE."""
+        calls_mpi = any(call.plan.tagged for call in self.calls)
+        return not calls_mpi or MPI.Query_thread() == MPI.THREAD_MULTIPLE
+
+    def hurry(self, hurried: bool) -> None:
+        """See `Channel.hurry`."""
+        if self.channel is not None:
+            self.channel.hurry(hurried)
+
+    def give_up(self, error: BaseException) -> None:
+        """The other ranks of the node learn that nothing more comes from this one."""
+        if self.channel is not None and not self.channel.state[BROKEN]:
+            self.channel.give_up(f"{type(error).__name__}: {error}")
+
+    def close(self) -> None:
+        """This rank needs the channel no more."""
+        if self.channel is not None:
+            self.channel.retired = True
 
 
 class PersistentCall:

@@ -84,6 +84,15 @@ def hierarchical_pays(nnodes: int, nbytes: int) -> bool:
     return nbytes >= 4 * KIB * nnodes
 
 
+def loose_from(shares_memory: bool) -> int:
+    """Bytes of an array from which on it is reduced by itself, instead of packed with others.
+
+    Packing costs two copies. In shared memory a call by itself costs a microsecond or two; over a network
+    it costs a wait or several of some ten microseconds each, in which 10 GB/s copy a megabyte.
+    """
+    return 64 * KIB if shares_memory else 2 * MIB
+
+
 def pipeline(nranks: int, nbytes: int) -> Pipeline:
     """How a program for ``nbytes`` bytes is cut into segments.
 
@@ -114,4 +123,5 @@ def sizes(nranks: int, cores: int) -> Sizes:
         large=16 * MIB,
         spins=0 if crowded else 2000,
         drowsy=0 if crowded else MILLISECOND,
+        alone=2 * nranks <= cores,
     )

@@ -19,7 +19,10 @@ from threadpoolctl import threadpool_limits
 
 import mpicoll
 from mpicoll import algorithms
+from mpicoll.compression import Compression
+from mpicoll.compression import parse as parse_compression
 from mpicoll.faults import abort_on_exception
+from mpicoll.grouped import new_bucket
 from mpicoll.launch import usable_cpus
 from mpicoll.train.data import Dataset, share
 from mpicoll.train.errors import InputError, on_rank_zero
@@ -30,6 +33,8 @@ from mpicoll.train.readers import read_csv, read_digits, read_mnist
 from mpicoll.train.report import check_writable, print_result, progress_for, write_json
 from mpicoll.train.strategies import AllreduceStrategy
 
+MIB = 1 << 20
+WIRE_DTYPES = {"f32": None, "f16": "float16", "bf16": "bfloat16"}
 USAGE_ERROR = 2  # the exit status of a command that was asked for what it cannot do
 
 
@@ -49,6 +54,9 @@ class Options:
     hidden: tuple[int, ...]
     seed: int
     algorithm: str
+    bucket_mb: float | None
+    dtype: str
+    compression: Compression | None
     json: Path | None
 
 
@@ -92,11 +100,19 @@ def sizes(context: click.Context, param: click.Parameter, value: str) -> tuple[i
     return numbers
 
 
-def finite(context: click.Context, param: click.Parameter, value: float) -> float:
+def finite(context: click.Context, param: click.Parameter, value: float | None) -> float | None:
     """A range does not keep NaN out, which is below and above nothing."""
-    if not math.isfinite(value):
+    if value is not None and not math.isfinite(value):
         raise click.BadParameter(f"{value}: expected a finite number")
     return value
+
+
+def compression(context: click.Context, param: click.Parameter, value: str) -> Compression | None:
+    """What ``--compression`` names."""
+    try:
+        return parse_compression(value)
+    except ValueError as error:
+        raise click.BadParameter(str(error)) from None
 
 
 @click.command(context_settings={"show_default": True, "help_option_names": ["-h", "--help"]})
@@ -132,6 +148,25 @@ def finite(context: click.Context, param: click.Parameter, value: float) -> floa
     default="ring",
     help="The allreduce that sums the gradients.",
 )
+@click.option(
+    "--bucket-mb",
+    type=click.FloatRange(0, min_open=True),
+    callback=finite,
+    help="Megabytes (2^20 bytes) of gradients that are summed together.  [default: measured]",
+)
+@click.option(
+    "--dtype",
+    type=click.Choice(list(WIRE_DTYPES)),
+    default="f32",
+    help="What gradients are sent as; sums are accumulated in f32.",
+)
+@click.option(
+    "--compression",
+    metavar="NAME[:NUMBER]",
+    default="none",
+    callback=compression,
+    help="fp16, bf16, int8, topk:0.01, randomk:0.01 or powersgd:4, with error feedback.",
+)
 @click.option("--json", type=click.Path(path_type=Path), help="Write the result to this file, too.")
 def command(**values: Any) -> Options:
     """Train a neural network on all ranks that mpirun started, by synchronous SGD.
@@ -151,6 +186,10 @@ def _check_data_options(options: Options) -> None:
     for name, kind in (("data_dir", "mnist"), ("data_file", "csv"), ("label", "csv")):
         if getattr(options, name) is not None and options.data != kind:
             raise click.UsageError(f"--{name.replace('_', '-')} is for --data {kind}, not {options.data}")
+    if options.compression is not None and options.dtype != "f32":
+        raise click.UsageError(
+            "--dtype and --compression both say how gradients travel: expected one of them"
+        )
     if options.task == "regression" and options.data != "csv":
         raise click.UsageError(f"--task regression is for --data csv; {options.data} has classes")
 
@@ -158,9 +197,9 @@ def _check_data_options(options: Options) -> None:
 def train(comm: MPI.Intracomm, options: Options) -> dict[str, Any]:
     """Read, train, report: the result, on every rank."""
     data = load(comm, options)
-    model = perceptron(data.inputs, options.hidden, data.outputs, options.seed)
+    model = perceptron(data.inputs, options.hidden, data.outputs, options.seed, allocate=new_bucket)
     optimizer = SGD(model.parameters, options.lr, options.momentum)
-    strategy = AllreduceStrategy(comm, model, optimizer, options.algorithm)
+    strategy = AllreduceStrategy(comm, model, optimizer, **_sync_options(options))
     loss = softmax_cross_entropy if data.classes else mean_squared_error
     trainer = Trainer(comm, model, loss, data, strategy, options.batch_size, options.seed)
 
@@ -173,6 +212,9 @@ def train(comm: MPI.Intracomm, options: Options) -> dict[str, Any]:
     result = {
         "strategy": strategy.name,
         "algorithm": options.algorithm,
+        "dtype": options.dtype,
+        "compression": options.compression.name if options.compression is not None else "none",
+        "buckets": len(strategy.sync.buckets),
         "data": data.name,
         "ranks": comm.size,
         "epochs": options.epochs,
@@ -195,6 +237,15 @@ def train(comm: MPI.Intracomm, options: Options) -> dict[str, Any]:
         if options.json:
             write_json(options.json, result)
     return result
+
+
+def _sync_options(options: Options) -> dict[str, Any]:
+    return {
+        "algorithm": options.algorithm,
+        "bucket_bytes": None if options.bucket_mb is None else max(1, int(options.bucket_mb * MIB)),
+        "wire_dtype": WIRE_DTYPES[options.dtype],
+        "compression": options.compression,
+    }
 
 
 def load(comm: MPI.Intracomm, options: Options) -> Dataset:

@@ -2,8 +2,9 @@
 
     for each epoch:
         for each global batch:                          the same on every rank
-            forward, loss, backward on the own part     gradients over the size of the global batch
-            strategy.step()                             communicate, update
+            forward, loss, backward on the own part     gradients over the size of the global batch,
+                                                        communicated as they come
+            strategy.step()                             communicate the rest, update
         evaluate on the test set                        each rank its part, counts summed
 
 With one rank this is ordinary SGD; with more, the same up to the rounding of sums.
@@ -118,7 +119,7 @@ class Trainer:
         own = batch[own_part(self.comm.rank, self.comm.size, len(batch))]
         own = array_module(x).asarray(own)
         losses, gradients = self.loss(self.model.forward(x[own]), y[own])
-        self.model.backward(gradients / len(batch))
+        self.model.backward(gradients / len(batch), self.strategy.ready)
         self.strategy.step()
         return float(losses.sum())
 

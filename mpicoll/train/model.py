@@ -5,7 +5,7 @@ with respect to them. The first axis is always the sample. A batch may be empty:
 it, and all its gradients are zero.
 
 All parameters of a model lie in one flat vector and all gradients in another; the layers hold views of them.
-So one broadcast and one allreduce synchronise a whole model, and an optimizer is a line of vector algebra.
+So one broadcast synchronises a whole model, gradients need no packing, and an optimizer works on vectors.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ class Layer:
     """A function y = f(x; parameters). ``forward`` keeps what ``backward`` needs."""
 
     shapes: tuple[Shape, ...] = ()  # of the parameters
+    names: tuple[str, ...] = ()
 
     def bind(self, parameters: Sequence[Array], gradients: Sequence[Array]) -> None:
         """Take these views, one per shape, as parameters and as the place for their gradients."""
@@ -58,6 +59,7 @@ class Linear(Layer):
 
     def __init__(self, inputs: int, outputs: int):
         self.shapes = ((inputs, outputs), (outputs,))
+        self.names = ("weight", "bias")
 
     def bind(self, parameters: Sequence[Array], gradients: Sequence[Array]) -> None:
         self.weight, self.bias = parameters
@@ -124,8 +126,11 @@ class Sequential:
         self.gradients = allocate(count, dtype)
         self.gradients[...] = 0
 
+        self.names = [f"{i}.{name}" for i, layer in enumerate(layers) for name in layer.names]
+        self.gradient_views = views(self.gradients, shapes)
+
         parameters = iter(views(self.parameters, shapes))
-        gradients = iter(views(self.gradients, shapes))
+        gradients = iter(self.gradient_views)
         random = random_stream(seed, "parameters")
         for layer in layers:
             n = len(layer.shapes)
@@ -138,10 +143,14 @@ class Sequential:
             x = layer.forward(x)
         return x
 
-    def backward(self, dy: Array) -> Array:
-        """The first layer's dx; fills ``gradients``."""
+    def backward(self, dy: Array, ready: Callable[[int], None] = lambda i: None) -> Array:
+        """The first layer's dx; fills ``gradients``. ``ready(i)``: ``gradient_views[i]`` is full."""
+        i = len(self.gradient_views)
         for layer in reversed(self.layers):
             dy = layer.backward(dy)
+            for _ in layer.shapes:
+                i -= 1
+                ready(i)
         return dy
 
 
@@ -152,14 +161,19 @@ def views(flat: Array, shapes: Sequence[Shape]) -> list[Array]:
 
 
 def perceptron(
-    inputs: int, hidden: Sequence[int], outputs: int, seed: int = 0, dtype: npt.DTypeLike = np.float32
+    inputs: int,
+    hidden: Sequence[int],
+    outputs: int,
+    seed: int = 0,
+    dtype: npt.DTypeLike = np.float32,
+    allocate: Callable[[int, npt.DTypeLike], Array] = np.zeros,
 ) -> Sequential:
     """Linear layers of the ``hidden`` sizes with ReLUs between them, for samples of any shape."""
     sizes = [inputs, *hidden, outputs]
     layers: list[Layer] = [Flatten()]
     for n_in, n_out in pairwise(sizes):
         layers += [Linear(n_in, n_out), ReLU()]
-    return Sequential(*layers[:-1], seed=seed, dtype=dtype)
+    return Sequential(*layers[:-1], seed=seed, dtype=dtype, allocate=allocate)
 
 
 # A loss takes the model's outputs [n, outputs] and the targets, and returns each sample's loss [n] and

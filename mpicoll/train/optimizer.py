@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from importlib import import_module
+from typing import Any, Protocol
 
 from mpicoll.train.model import Array, array_module
 
@@ -20,7 +21,8 @@ class SGD:
         v = momentum v + g
         w = w - learning_rate v
 
-    Every step is elementwise and starts from v = 0: ranks with equal w and g stay equal, bit for bit.
+    in one pass over memory. Every step is elementwise and starts from v = 0: ranks with equal w and g stay
+    equal, bit for bit.
     """
 
     def __init__(self, parameters: Array, learning_rate: float, momentum: float = 0.9):
@@ -28,9 +30,18 @@ class SGD:
         self.learning_rate = learning_rate
         self.momentum = momentum
         self.velocity = array_module(parameters).zeros_like(parameters)
+        self._gradients: Array | None = None
+        self._update: Any = None
 
     def step(self, gradients: Array) -> None:
         """Update the parameters in place."""
-        self.velocity *= self.momentum
-        self.velocity += gradients
-        self.parameters -= self.learning_rate * self.velocity
+        if gradients is not self._gradients:
+            self._gradients = gradients
+            self._update = _kernels(gradients).Update(gradients, [self.parameters], [self.velocity])
+        self._update.step(self.learning_rate, self.momentum)
+
+
+def _kernels(array: Array) -> Any:
+    """The module of kernels for the device that an array is on."""
+    device = "_cuda" if array_module(array).__name__ == "cupy" else ""
+    return import_module(f"mpicoll.kernels.packing{device}")

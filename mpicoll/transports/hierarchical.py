@@ -31,10 +31,8 @@ ImageNet/ResNet-50 Training in a Flash", arXiv:1811.05233 (2018), where it is th
 
 from __future__ import annotations
 
-import ctypes
 from collections import Counter
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -42,6 +40,7 @@ from mpi4py import MPI
 
 from mpicoll import algorithms, tuning
 from mpicoll.kernels import reduce as kernels
+from mpicoll.kernels.tasks import Task, run
 from mpicoll.schedule import chunk_bounds
 from mpicoll.transports.arena import ArenaError, new_array
 from mpicoll.transports.messages import MessagePlan
@@ -50,8 +49,6 @@ from mpicoll.transports.shared import PATIENT, Channel, SharedPlan, Sizes, reduc
 from mpicoll.transports.steps import BROKEN, NEXT
 
 Stage = Callable[[int], bool]  # goes on for so many nanoseconds; whether it is complete
-
-_Scale = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_ssize_t, ctypes.c_double)
 
 
 def node_of(comm: MPI.Intracomm) -> MPI.Intracomm:
@@ -125,8 +122,8 @@ class Hierarchy:
         scale = None
         if operation == "AVG":
             # Once, by the number of all ranks: what the stages know is the number of their own.
-            factor = 1 / self._whole.Get_size()
-            scale = partial(_Scale(kernels.scale_kernel(dtype)), part.ctypes.data, mine, factor)
+            elements = part[: mine * dtype.itemsize].view(dtype)
+            scale = kernels.scale_task(elements, 1 / self._whole.Get_size())
         return HierarchicalPlan(
             self._scatter_plan(kernel, dtype, begins, counts),
             self._slice_plan(kernel, dtype, mine),
@@ -180,7 +177,7 @@ class HierarchicalPlan:
         self,
         scatter: SharedPlan,
         across: MessagePlan | None,
-        scale: Callable[[], None] | None,
+        scale: Task | None,
         gather: SharedPlan,
         part: np.ndarray[Any, np.dtype[np.uint8]],
     ) -> None:
@@ -198,6 +195,19 @@ class HierarchicalPlan:
         """Go through a twin of the node's channel."""
         self._scatter.move_to(channel)
         self._gather.move_to(channel)
+
+    @property
+    def tasks(self) -> list[Task]:
+        """The stages, once bound, for other compiled code."""
+        across = self._across.tasks if self._across is not None else []
+        scale = [self._scale] if self._scale is not None else []
+        return [*self._scatter.tasks, *across, *scale, *self._gather.tasks]
+
+    def set_factor(self, factor: float) -> None:
+        """What sums are multiplied by where the operation is AVG, instead of one over the number of ranks."""
+        assert self._scale is not None
+        elements, _ = self._scale.keep
+        self._scale = kernels.scale_task(elements, factor)
 
     def retire(self) -> None:
         """The caller needs the plan, and its own channel, no more."""
@@ -240,7 +250,7 @@ class HierarchicalPlan:
                 self._channel.check(int(self._channel.state[NEXT]))  # the gathering's first step
             return False
         if self._scale is not None:
-            self._scale()
+            run(self._scale)
         return True
 
     def _break_off(self, error: BaseException) -> None:

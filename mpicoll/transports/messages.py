@@ -15,22 +15,16 @@ import ctypes
 import math
 import os
 from functools import cache
+from typing import NoReturn
 
 import numpy as np
 from mpi4py import MPI
 from numba import njit, types
 
+from mpicoll.kernels.memory import as_float, call, copy_bytes, int64s
+from mpicoll.kernels.tasks import DONE, PENDING, Task
 from mpicoll.launch import cgroup_cpus
-from mpicoll.transports.machine import (
-    CACHED,
-    address_of,
-    as_float,
-    call,
-    copy_bytes,
-    int64s,
-    read_clock,
-    read_int32,
-)
+from mpicoll.transports.machine import CACHED, address_of, read_clock, read_int32
 from mpicoll.transports.program import COLUMNS, Op, Program
 
 # Slots of a plan's state, all int64.
@@ -58,9 +52,6 @@ SLEEP = 25
 NAP = 26  # address of the timespec that says how long, and the timespec
 STATUS = 29  # address of an MPI_Status that nobody reads, and the status
 STATE_SIZE = 64
-
-DONE = 0
-PENDING = -1  # any other result is an MPI error code
 
 # Nanoseconds to wait for a message before `_advance` returns to Python.
 PATIENT = 20_000_000  # often enough for signals
@@ -104,9 +95,9 @@ def _wait(s, request, patience):  # type: ignore[no-untyped-def]
             return PENDING
 
 
-@CACHED.njit("int64(int64, int64)")
+@CACHED.cfunc("int64(int64, int64)")
 def _advance(state, patience):  # type: ignore[no-untyped-def]
-    """Execute rows from PC on, until done, an error, or a message that does not come for a while."""
+    """Execute rows from PC on, until done, an MPI error code, or a message that does not come for a while."""
     s = int64s(state)
     rows = int64s(s[ROWS])
     pc = s[PC]
@@ -138,6 +129,9 @@ def _advance(state, patience):  # type: ignore[no-untyped-def]
         pc += 1
     s[PC] = pc if pc < nrows else 0  # ready for the next start
     return result
+
+
+_call_advance = _advance.ctypes  # other Python threads go on meanwhile
 
 
 @cache
@@ -213,11 +207,11 @@ class MessagePlan:
         memory[TAG] = tag
         memory[BUFFERS] = send
         memory[BUFFERS + 1] = recv
-        result = _advance(self._address, PATIENT)
+        result = _call_advance(self._address, PATIENT)
         while result == PENDING:
-            result = _advance(self._address, PATIENT)
+            result = _call_advance(self._address, PATIENT)
         if result != DONE:
-            raise MPI.Exception(result)
+            self.fail(result)
 
     def advance(self, patience: int = PATIENT) -> bool:
         """Go on; whether the program has ended.
@@ -225,7 +219,20 @@ class MessagePlan:
         Returns false when a message has not come for ``patience`` nanoseconds. Raises `MPI.Exception` if MPI
         reports an error.
         """
-        result = _advance(self._address, patience)
+        result = _call_advance(self._address, patience)
         if result > DONE:
-            raise MPI.Exception(result)
+            self.fail(result)
         return result == DONE  # type: ignore[no-any-return]
+
+    def fail(self, result: int) -> NoReturn:
+        """Raise the error that MPI has reported."""
+        raise MPI.Exception(result)
+
+    @property
+    def tasks(self) -> list[Task]:
+        """The program, once bound, for other compiled code."""
+        return [Task(_advance.address, self._address, self)]
+
+    def set_factor(self, factor: float) -> None:
+        """What sums are multiplied by where the operation is AVG, instead of one over the number of ranks."""
+        self._state[FACTOR : FACTOR + 1].view(np.float64)[0] = factor

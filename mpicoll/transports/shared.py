@@ -19,10 +19,11 @@ from mpi4py import MPI
 
 from mpicoll.faults import MismatchError, RankFailedError
 from mpicoll.kernels import reduce as kernels
+from mpicoll.kernels.tasks import DONE, PENDING, Task
 from mpicoll.schedule import CACHE_LINE
 from mpicoll.transports import steps
 from mpicoll.transports.arena import ArenaError, own_arena
-from mpicoll.transports.machine import address_of
+from mpicoll.transports.machine import address_of, aligned_zeros
 from mpicoll.transports.steps import (
     ARENA,
     ARENA_END,
@@ -41,7 +42,6 @@ from mpicoll.transports.steps import (
     COSTS,
     CULPRIT,
     DIRECT,
-    DONE,
     DROWSY,
     FACTOR,
     FAR,
@@ -64,8 +64,8 @@ from mpicoll.transports.steps import (
     NEXT,
     NRANKS,
     OPERATION,
-    PENDING,
     PIDS,
+    POLLS_BETWEEN_LOOKS,
     QUIET,
     RANK,
     READ_MEMORY,
@@ -88,6 +88,8 @@ from mpicoll.transports.steps import (
 
 PATIENT = 20_000_000  # nanoseconds to wait before Python handles signals
 NOT_FAR = np.iinfo(np.int64).max  # bytes that no block has
+LOOKS = 64  # polls between looks at the clock: they cost as much as a few polls
+FEW_SPINS = 100  # some microseconds: what another rank is about to say is still heard at once
 NO_STEP = np.iinfo(np.int64).max  # which nobody has published
 
 
@@ -145,15 +147,8 @@ def _functions() -> dict[int, int]:
     }
 
 
-def _table(words: int) -> np.ndarray[Any, np.dtype[np.int64]]:
-    """Zeros that begin a cache line: ranks of one process's threads must not share one."""
-    raw = np.zeros(words + 8, np.int64)
-    skipped = -raw.ctypes.data // 8 % 8
-    return raw[skipped : skipped + words]
-
-
 class Sizes(NamedTuple):
-    """How a channel works: in bytes, but for the last two."""
+    """How a channel works: in bytes, but for the last three."""
 
     slot: int  # what a rank brings in at once
     ring: int  # where it does so, one piece after the other; at least five slots
@@ -163,12 +158,13 @@ class Sizes(NamedTuple):
     large: int  # from which on results go past the caches
     spins: int  # polls before a waiting rank yields its core
     drowsy: int  # nanoseconds of waiting after which it sleeps between polls
+    alone: bool  # whether there is a core for each rank's thread beside the one for its program
 
 
 _Made = TypeVar("_Made")
 
 # What it costs to bring data in depends on where the system has put the ranks, not on the channel.
-_costs = _table(2)
+_costs = aligned_zeros(2)
 
 # Channels whose memory other ranks may be reading, even when nothing here refers to them.
 _in_use: set[Channel] = set()
@@ -192,9 +188,9 @@ class Channel:
         self.sizes = sizes
         self._pid = os.getpid()
         self.nranks, self.rank = comm.Get_size(), comm.Get_rank()
-        self.state = _table(CHANNEL_SIZE)
-        self._tables = _table(3 * self.nranks).reshape(3, self.nranks)
-        self._scratch = _table(2 * FOLDED // 8)
+        self.state = aligned_zeros(CHANNEL_SIZE)
+        self._tables = aligned_zeros(3 * self.nranks).reshape(3, self.nranks)
+        self._scratch = aligned_zeros(2 * FOLDED // 8)
         self.address = self.state.ctypes.data
         self._set_state()
         self._twins: dict[int, Channel] = {}
@@ -211,12 +207,13 @@ class Channel:
         state[RANK], state[NRANKS], state[NEXT] = self.rank, self.nranks, 1
         state[SLOT], state[RING] = sizes.slot, sizes.ring
         state[SMALL], state[QUIET], state[FAR] = sizes.small, sizes.quiet, sizes.far
-        state[LARGE], state[SPINS] = sizes.large, sizes.spins
+        state[LARGE] = sizes.large
         state[SCRATCH] = self._scratch.ctypes.data
         state[[BLOCKS, ARENAS, PIDS]] = [table.ctypes.data for table in self._tables]
         state[[TIME, NAP, VECTORS]] = self.address + 8 * (np.array([TIME, NAP, VECTORS]) + 1)
         state[COSTS] = _costs.ctypes.data
-        state[NAP + 2], state[DROWSY] = NAP_LENGTH, sizes.drowsy
+        state[NAP + 2] = NAP_LENGTH
+        self.hurry(True)
         for slot, address in _functions().items():
             state[slot] = address
 
@@ -266,7 +263,8 @@ class Channel:
         self._release_twins()
         twin = copy(self)
         twin.state, twin._tables, twin._scratch = (
-            _table(table.size).reshape(table.shape) for table in (self.state, self._tables, self._scratch)
+            aligned_zeros(table.size).reshape(table.shape)
+            for table in (self.state, self._tables, self._scratch)
         )
         twin.address = twin.state.ctypes.data
         twin._tables[:] = self._tables
@@ -292,6 +290,14 @@ class Channel:
         self.comm.Barrier()  # others may still be reading what this rank has brought in
         self._release_twins()
         _in_use.discard(self)
+
+    def hurry(self, hurried: bool) -> None:
+        """How to wait from now on: as is quickest, or leaving the core to a program that computes on it."""
+        self.state[SPINS], self.state[DROWSY] = self.sizes.spins, self.sizes.drowsy
+        self.state[POLLS_BETWEEN_LOOKS] = LOOKS
+        if not hurried and not self.sizes.alone:
+            self.state[SPINS], self.state[DROWSY] = FEW_SPINS, 0
+            self.state[POLLS_BETWEEN_LOOKS] = 1
 
     @property
     def reads_foreign_memory(self) -> bool:
@@ -348,8 +354,8 @@ class SharedPlan:
     def __init__(self, channel: Channel, reduction: Reduction = NO_REDUCTION) -> None:
         self.channel = channel
         self.reduction = reduction
-        self.words = words = _table(JOB_SIZE)
-        self._tables = _table(len(TABLES) * channel.nranks).reshape(len(TABLES), channel.nranks)
+        self.words = words = aligned_zeros(JOB_SIZE)
+        self._tables = aligned_zeros(len(TABLES) * channel.nranks).reshape(len(TABLES), channel.nranks)
         words[CHANNEL] = channel.address
         words[list(TABLES)] = [table.ctypes.data for table in self._tables]
         words[FACTOR : FACTOR + 1].view(np.float64)[0] = 1 / channel.nranks
@@ -414,13 +420,26 @@ class SharedPlan:
             if result == DONE:
                 return True
             if result != PENDING:
-                self._raise_error(result)
+                self.fail(result)
             if patience == PATIENT:
-                self.channel.check(int(self.words[BASE] + self.words[STEP]) - 1)
+                self.check()
             return False
         except BaseException as error:
             self._break_off(error, waiting=result == PENDING)
             raise
+
+    def check(self) -> None:
+        """Raise `RankFailedError` if a rank that is waited for will never come."""
+        self.channel.check(int(self.words[BASE] + self.words[STEP]) - 1)
+
+    @property
+    def tasks(self) -> list[Task]:
+        """The job, once bound, for other compiled code."""
+        return [Task(steps.ADVANCE, self.address, self)]
+
+    def set_factor(self, factor: float) -> None:
+        """What sums are multiplied by where the operation is AVG, instead of one over the number of ranks."""
+        self.words[FACTOR : FACTOR + 1].view(np.float64)[0] = factor
 
     def retire(self) -> None:
         """The caller needs the plan, and its own channel, no more."""
@@ -437,7 +456,8 @@ class SharedPlan:
         else:
             self.channel.give_up(f"{type(error).__name__}: {error}")
 
-    def _raise_error(self, result: int) -> NoReturn:
+    def fail(self, result: int) -> NoReturn:
+        """Raise the error that `advance` of compiled code has met."""
         culprit = int(self.words[CULPRIT])
         if result == CLOSED and self.channel.state[BROKEN] == FREED:
             raise RuntimeError("this communicator has been freed")

@@ -28,9 +28,7 @@ from __future__ import annotations
 
 from numba import njit, types
 
-from mpicoll.schedule import CACHE_LINE, chunk_start
-from mpicoll.transports.machine import (
-    CACHED,
+from mpicoll.kernels.memory import (
     as_float,
     call,
     call_long,
@@ -39,11 +37,10 @@ from mpicoll.transports.machine import (
     copy_streaming,
     fence,
     int64s,
-    load_acquire,
-    pause,
-    read_clock,
-    store_release,
 )
+from mpicoll.kernels.tasks import DONE, PENDING
+from mpicoll.schedule import CACHE_LINE, chunk_start
+from mpicoll.transports.machine import CACHED, load_acquire, pause, read_clock, store_release
 
 # -- a channel's state: what all calls of a communicator share. All int64.
 RANK = 0
@@ -76,6 +73,7 @@ DROWSY = 39  # nanoseconds of waiting after which a rank sleeps between polls
 BROKEN = 34  # whether no further call is possible
 BRINGS = 35  # how often something large has been brought in
 COSTS = 36  # address of two numbers: time per byte of doing so through the caches, and past them
+POLLS_BETWEEN_LOOKS = 37  # at the clock, while the core is yielded
 CHANNEL_SIZE = 40
 
 # -- a job's state: one collective call.
@@ -135,8 +133,6 @@ CONTROL = 4096  # bytes before the slots: a page
 
 ONE_SHOT, SLICES, BLOCKWISE, EXCHANGE = range(4)
 
-DONE = 0
-PENDING = -1
 MISMATCH = -2
 UNREADABLE = -3
 CLOSED = -4
@@ -154,7 +150,6 @@ TIMED_ONCE_IN = 32  # copies, the cost of one is measured
 TRIED_ONCE_IN = 8  # measurements, one is of the way that has seemed to be the slower one
 
 FOLDED = 16 << 10  # bytes that are reduced over all ranks before the next: they stay in the first-level cache
-POLLS_BETWEEN_LOOKS = 64  # at the clock
 NAP_LENGTH = 1000  # nanoseconds; the system makes some fifty thousand of it
 
 
@@ -203,7 +198,7 @@ def _poll(c, line, step, patience):  # type: ignore[no-untyped-def]
     while load_acquire(line) < step:
         call(c[YIELD], ())
         polls += 1
-        if polls % POLLS_BETWEEN_LOOKS == 0:
+        if polls % c[POLLS_BETWEEN_LOOKS] == 0:
             waited = read_clock(c[CLOCK], c[TIME]) - began
             if waited >= patience:
                 return False
@@ -430,7 +425,6 @@ def _slices(c, j, t):  # type: ignore[no-untyped-def]
             _slice_directly(c, j)
         return
     nranks, me, item, segment = c[NRANKS], c[RANK], j[ITEM], j[PIECE]
-    j[BASE] + t
     receives = j[RECEIVER] == EVERYONE or j[RECEIVER] == me
     if t < j[PIECES] and not _lends(c, j):
         start = t * segment

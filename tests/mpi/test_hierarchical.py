@@ -117,7 +117,7 @@ def test_large(name: str) -> None:
 def test_many_small_segments(monkeypatch: pytest.MonkeyPatch) -> None:
     sizes = tuning.sizes
     monkeypatch.setattr(tuning, "pipeline", lambda *args: Pipeline(512))
-    narrow = {"slot": 2048, "ring": 5 * 2048, "quiet": 256, "far": 1024, "large": 64}
+    narrow: dict[str, Any] = {"slot": 2048, "ring": 5 * 2048, "quiet": 256, "far": 1024, "large": 64}
     monkeypatch.setattr(tuning, "sizes", lambda *args: sizes(*args)._replace(**narrow))
     for layout in (TWO, UNEVEN, LONELY):
         with communicator(layout) as comm:

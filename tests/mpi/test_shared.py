@@ -55,7 +55,7 @@ NARROW = {
 
 # How the transport works, where it is not as `tuning` says: slots that are full at once, results that go past
 # the caches or not, other processes' memory read from some bytes on or never, no polling.
-WAYS = {
+WAYS: dict[str, dict[str, Any]] = {
     "narrow": NARROW,
     "streaming": {**NARROW, "large": 64},
     "far": {**NARROW, "small": 64, "quiet": 64, "far": 65},

@@ -29,7 +29,7 @@ from mpicoll.train import (
     share,
     softmax_cross_entropy,
 )
-from mpicoll.train.cli import USAGE_ERROR, blas_threads, run
+from mpicoll.train.cli import USAGE_ERROR, blas_threads, parse, run, train
 
 COMM = mpicoll.Communicator(MPI.COMM_WORLD)
 
@@ -55,11 +55,11 @@ def trained(
     epochs: int = 2,
     batch_size: int = 50,
     dtype: Any = np.float64,
-    algorithm: str | None = None,
+    **options: Any,
 ) -> Any:
     """The trainer and its history; ranks begin with different parameters, but for the broadcast."""
     model = perceptron(data.inputs, [16], data.outputs, seed=comm.rank, dtype=dtype)
-    strategy = AllreduceStrategy(comm, model, SGD(model.parameters, learning_rate=0.01), algorithm)
+    strategy = AllreduceStrategy(comm, model, SGD(model.parameters, learning_rate=0.01), **options)
     trainer = Trainer(comm, model, loss, data, strategy, batch_size=batch_size)
     return trainer, trainer.train(epochs)
 
@@ -92,6 +92,14 @@ def test_every_allreduce_algorithm_trains(algorithm: str) -> None:
     alone, _ = trained(MPI.COMM_SELF, values(), mean_squared_error)
     np.testing.assert_allclose(trainer.model.parameters, alone.model.parameters, rtol=0, atol=1e-11)
     parameters_sha256(COMM, trainer.model)  # raises where ranks differ
+
+
+@pytest.mark.parametrize("bucket_bytes", [1, 300, 1 << 20])
+@pytest.mark.parametrize("dtype", ["f4", "f8"])
+def test_buckets_of_any_size_train_alike(bucket_bytes: int, dtype: str) -> None:
+    trainer, _ = trained(COMM, values(), mean_squared_error, dtype=dtype, bucket_bytes=bucket_bytes)
+    whole, _ = trained(COMM, values(), mean_squared_error, dtype=dtype, bucket_bytes=1 << 30)
+    np.testing.assert_array_equal(trainer.model.parameters, whole.model.parameters)
 
 
 def test_mpi4py_s_own_communicator_does_as_well() -> None:
@@ -176,6 +184,10 @@ def test_only_rank_zero_reads() -> None:
 @pytest.mark.parametrize(
     "arguments, message",
     [
+        (["--dtype", "bf16", "--compression", "int8"], "expected one of them"),
+        (["--compression", "topk:2"], "powersgd:RANK (1 or more), got 'topk:2'"),
+        (["--bucket-mb", "0"], "0.0 is not in the range"),
+        (["--bucket-mb", "nan"], "expected a finite number"),
         (["--algorithm", "rnig"], "'rnig' is not one of 'auto', 'ring', "),
         (["--hidden", "128,0"], "'128,0': expected whole numbers from 1"),
         (["--lr", "-1"], "-1.0 is not in the range"),
@@ -203,6 +215,27 @@ def test_the_command_says_what_is_wrong_once(
         assert printed.err.startswith("error: ") and printed.err.count("\n") == 1
     else:
         assert printed.err == ""
+
+
+@pytest.mark.parametrize(
+    "arguments, least",
+    [
+        (["--dtype", "bf16"], 0.96),
+        (["--dtype", "f16"], 0.96),
+        (["--compression", "fp16"], 0.96),
+        (["--compression", "bf16"], 0.96),
+        (["--compression", "int8"], 0.96),
+        (["--compression", "topk:0.01"], 0.96),
+        (["--compression", "randomk:0.1"], 0.95),
+        (["--compression", "powersgd:4"], 0.96),
+    ],
+)
+def test_gradients_in_fewer_bytes_train_as_well(arguments: list[str], least: float) -> None:
+    options = parse(arguments, aloud=False)
+    assert options is not None
+    result = train(COMM, options)
+    assert result["test_accuracy"] >= least
+    assert arguments[1] in (result["dtype"], result["compression"])
 
 
 def test_blas_threads_of_all_ranks_fit_the_cores() -> None:

@@ -6,6 +6,7 @@ import sys
 import types
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ import numpy.typing as npt
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from mpicoll.kernels import packing
 
 from mpicoll.train import data as train_data
 from mpicoll.train.data import Dataset
@@ -177,6 +179,8 @@ def test_the_same_source_trains_on_arrays_of_cupy(monkeypatch: pytest.MonkeyPatc
     """A stand-in for CuPy, which needs a GPU: no function of NumPy's may get its arrays."""
     cupy = ForeignModule("cupy")
     monkeypatch.setitem(sys.modules, "cupy", cupy)
+    kernels = SimpleNamespace(Update=lambda *arrays: packing.Update(*map(to_host, arrays)))
+    monkeypatch.setitem(sys.modules, "mpicoll.kernels.packing_cuda", kernels)
     random = np.random.default_rng(2)
     x = random.standard_normal((5, 6))
     y = random.integers(0, 3, 5) if loss is softmax_cross_entropy else random.standard_normal((5, 3))
@@ -474,3 +478,28 @@ def test_csv_that_cannot_be_read(tmp_path: Path, name: str, message: str) -> Non
 def test_no_line_of_a_csv_is_taken_for_a_header_by_a_bad_cell(table: Table) -> None:
     with pytest.raises(InputError, match="line 1, column 1, found 'oops'"):
         read_csv(table("oops,2,red\n" + WITHOUT_HEADER), None, regression=False, seed=0)
+
+
+# what becomes ready when ----------------------------------------------------------------------------
+
+
+def test_gradients_are_ready_from_the_last_layer_to_the_first_and_complete() -> None:
+    model = perceptron(5, [4, 3], 2, dtype=np.float64)
+    x, dy = np.arange(15.0).reshape(3, 5), np.ones((3, 2))
+    model.forward(x)
+    model.backward(dy)
+    expected = model.gradients.copy()
+    model.gradients[:] = np.nan
+    order: list[int] = []
+
+    def ready(i: int) -> None:
+        order.append(i)
+        offset = sum(view.size for view in model.gradient_views[:i])
+        np.testing.assert_array_equal(
+            model.gradient_views[i].ravel(), expected[offset : offset + model.gradient_views[i].size]
+        )
+
+    model.forward(x)
+    model.backward(dy, ready)
+    assert order == [5, 4, 3, 2, 1, 0]
+    assert model.names == ["1.weight", "1.bias", "3.weight", "3.bias", "5.weight", "5.bias"]

@@ -20,6 +20,9 @@ class Strategy(Protocol):
     def start(self) -> None:
         """Before the first step: all ranks begin with rank 0's parameters."""
 
+    def ready(self, i: int) -> None:
+        """In the backward pass, when ``model.gradient_views[i]`` is complete."""
+
     def step(self) -> None:
         """From every rank's ``model.gradients`` to new ``model.parameters``."""
 

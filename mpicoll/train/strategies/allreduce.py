@@ -5,41 +5,46 @@ With g_r the gradients of rank r's samples over the size of the global batch, in
     g = g_0 + g_1 + ... + g_(p-1)       allreduce: the batch's mean gradient, the same bits on every rank
     w = optimizer(w, g)                 the same update everywhere, so the parameters w stay equal
 
-Cost per step for n bytes of parameters: one allreduce of n bytes.
+The sums are begun while the backward pass goes on, bucket by bucket: see `mpicoll.fusion`.
+
+Cost per step for n bytes of parameters: allreduces of n bytes together.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 from mpi4py import MPI
 
+from mpicoll.fusion import GradientSync
 from mpicoll.train.model import Sequential
 from mpicoll.train.optimizer import Optimizer
 
 
 class AllreduceStrategy:
-    """See the module. ``algorithm`` names the allreduce; None for a communicator that offers no choice."""
+    """See the module. ``options`` are those of `GradientSync`, such as ``algorithm`` or ``compression``."""
 
     name = "allreduce"
 
-    def __init__(
-        self, comm: MPI.Intracomm, model: Sequential, optimizer: Optimizer, algorithm: str | None = None
-    ):
+    def __init__(self, comm: MPI.Intracomm, model: Sequential, optimizer: Optimizer, **options: Any):
         self.comm = comm
         self.model = model
         self.optimizer = optimizer
-        self.options = {} if algorithm is None else {"algorithm": algorithm}
+        self.sync = GradientSync(comm, model.gradient_views, names=model.names, average=False, **options)
 
     def start(self) -> None:
         """w_r = w_0."""
         self.comm.Bcast(self.model.parameters, root=0)
         # The gradients are still zero. Summing them once connects the ranks and compiles the allreduce, which
         # would otherwise count as the first step's time.
-        self._sum_gradients()
+        self.sync.ready_all()
+        self.sync.wait()
+
+    def ready(self, i: int) -> None:
+        """g[i] = sum of g_r[i], from now on."""
+        self.sync.ready(i)
 
     def step(self) -> None:
         """g = sum of g_r; w = optimizer(w, g)."""
-        self._sum_gradients()
-        self.optimizer.step(self.model.gradients)
-
-    def _sum_gradients(self) -> None:
-        self.comm.Allreduce(MPI.IN_PLACE, self.model.gradients, op=MPI.SUM, **self.options)
+        if self.sync.wait():
+            self.optimizer.step(self.model.gradients)

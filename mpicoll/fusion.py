@@ -1,0 +1,420 @@
+"""Gradient synchronisation: many gradients as few buckets, while the backward pass goes on.
+
+    sync = mpicoll.GradientSync(comm, gradients)     # arrays, or shapes: then sync.gradients are the arrays
+    for each step:
+        backward pass:  sync.ready(i)                # as soon as gradient i is complete
+        sync.wait()                                  # now every rank has the mean
+
+Gradients become ready from the last layer to the first. Consecutive ones form a **bucket**; when all of a
+bucket are ready, a thread starts its allreduce in compiled code, while Python computes the gradients of the
+layers before. The first bucket is small, so that communication begins early. `wait` does what is left.
+
+Where gradients are allocated here they are views of buckets in memory that the node's other ranks reach, and
+nothing is packed: the best copy is no copy. Gradients that lie elsewhere are reduced where they are if they
+are large, and packed if they are small.
+
+Every rank starts the buckets in the same order, so a rank whose gradients come in another order waits with
+some (`late` names them). After the first step the buckets are made anew, in the order that rank 0 has seen.
+
+Sources: S. Li et al., "PyTorch Distributed: Experiences on Accelerating Data Parallel Training", VLDB 2020
+(buckets in reverse order, views); A. Sergeev, M. Del Balso, "Horovod", arXiv:1802.05799 (tensor fusion).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from statistics import median
+from time import perf_counter
+from typing import Any
+
+import ml_dtypes  # noqa: F401  (so that NumPy knows "bfloat16")
+import numpy as np
+import numpy.typing as npt
+from mpi4py import MPI
+
+from mpicoll import tuning
+from mpicoll.calls import AVG
+from mpicoll.communicator import Communicator
+from mpicoll.compression import Codec, Compression, Exchange
+from mpicoll.gradients import Gradient, Settings, check, check_agreement, on_all_ranks, parse
+from mpicoll.grouped import Array, Group, Piece, address, follows, new_bucket, pieces
+from mpicoll.kernels.packing import Packing, nonfinite_task, slots
+from mpicoll.kernels.reduce import scale_task
+from mpicoll.kernels.tasks import Task
+from mpicoll.progress import PythonTask, TaskQueue
+
+FIRST_BUCKET = 1 << 20  # bytes of the first bucket, at most: communication begins early
+TRIED_BUCKETS = [1 << 18, 1 << 20, 1 << 22, 1 << 24]  # bytes
+TRIALS = 5
+ENOUGH = 1.15  # times the least time per byte that a bucket's size may cost
+
+NONFINITE, MISSING = 1, 2  # what may be wrong with a gradient
+NAMED = 10  # gradients that an error names, at most
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """Gradients that are reduced together: their numbers, ascending, and their dtype."""
+
+    members: tuple[int, ...]
+    dtype: np.dtype[Any]
+
+
+def assign(
+    nbytes: Sequence[int], dtypes: Sequence[np.dtype[Any]], order: Sequence[int], limits: tuple[int, int]
+) -> list[Bucket]:
+    """Buckets of gradients that follow each other in ``order``, the one that is complete first coming first.
+
+    ``limits``: bytes from which on a bucket is closed, of the first and of the others.
+    """
+    closed: list[list[int]] = []
+    open_: dict[np.dtype[Any], list[int]] = {}
+    for i in order:
+        bucket = open_.setdefault(dtypes[i], [])
+        bucket.append(i)
+        if sum(nbytes[j] for j in bucket) >= limits[bool(closed)]:
+            closed.append(open_.pop(dtypes[i]))
+    place = {i: position for position, i in enumerate(order)}
+    buckets = sorted([*closed, *open_.values()], key=lambda bucket: place[bucket[-1]])
+    return [Bucket(tuple(sorted(bucket)), dtypes[bucket[0]]) for bucket in buckets]
+
+
+def tune_bucket_bytes(comm: Communicator) -> int:
+    """Bytes of the smallest bucket that is reduced about as quickly, byte for byte, as larger ones;
+    collective.
+
+    Measured, in a tenth of a second or so: the median of a few allreduces of each size, of the slowest rank.
+    """
+    costs = []
+    for nbytes in TRIED_BUCKETS:
+        data = new_bucket(nbytes // 4, np.float32)
+        times = []
+        for _ in range(TRIALS):
+            comm.Barrier()
+            start = perf_counter()
+            comm.Allreduce(MPI.IN_PLACE, data)
+            times.append(perf_counter() - start)
+        costs.append(comm.allreduce(median(times), MPI.MAX) / nbytes)
+    return next(n for n, cost in zip(TRIED_BUCKETS, costs, strict=True) if cost <= ENOUGH * min(costs))
+
+
+class GradientSync:
+    """Sums or averages gradients over the ranks of ``comm``, in buckets, beside the backward pass.
+
+    ``gradients``: contiguous arrays that are reduced in place (NumPy, PyTorch on the CPU, whatever has a
+    buffer), or shapes, for which arrays of ``dtype`` are allocated: use them as ``sync.gradients``. A mapping
+    gives names, too; so does ``names``. Making one is collective; where ranks disagree all get a ValueError
+    that names the gradient.
+
+    - ``average``: the mean over ranks (for floats), else the sum; times ``scale``.
+    - ``wire_dtype``: the dtype that gradients travel in, such as "bfloat16"; 16-bit sums are accumulated in
+      float32.
+    - ``compression``: one of `mpicoll.compression`, for float32.
+    - ``bucket_bytes``: the size of a bucket; measured if not given.
+    - ``order``: the numbers of the gradients as they become ready; by default the last is the first.
+    - ``nonfinite``: what a NaN or infinity does: "pass" (nobody looks), "raise" (FloatingPointError on all
+      ranks, with the gradient's name and the rank), or "skip" (`wait` returns false on all ranks).
+    - ``unused``: what a gradient does that was not ready before `wait`: "raise" (RuntimeError on all ranks),
+      or "zero" (it counts as zeros).
+    - ``overlap``: whether a thread communicates beside the program. Where gradients travel in messages this
+      takes MPI_THREAD_MULTIPLE; without it `wait` does all.
+    - ``algorithm``: of the allreduce, as for ``comm.Allreduce``.
+
+    After an error of the communication (a rank that has ended, see `mpicoll.faults`) make a new one.
+    """
+
+    def __init__(
+        self,
+        comm: MPI.Intracomm,
+        gradients: Mapping[str, Any] | Sequence[Any],
+        *,
+        names: Sequence[str] | None = None,
+        dtype: npt.DTypeLike = np.float32,
+        average: bool = True,
+        scale: float = 1.0,
+        wire_dtype: npt.DTypeLike | None = None,
+        compression: Compression | None = None,
+        bucket_bytes: int | None = None,
+        order: Sequence[int] | None = None,
+        nonfinite: str = "pass",
+        unused: str = "raise",
+        overlap: bool = True,
+        algorithm: str | None = None,
+    ) -> None:
+        self._owns_comm = not isinstance(comm, Communicator)
+        self._comm = comm if isinstance(comm, Communicator) else Communicator(comm)
+        self._compression = compression
+        self._settings = settings = Settings(
+            average,
+            scale,
+            None if wire_dtype is None else np.dtype(wire_dtype),
+            None if compression is None else compression.name,
+            bucket_bytes,
+            None if order is None else tuple(order),
+            nonfinite,
+            unused,
+            algorithm,
+        )
+        with on_all_ranks(self._comm):
+            parsed = parse(gradients, names, np.dtype(dtype))
+            check(parsed, settings)
+        check_agreement(self._comm, parsed, settings)
+        self._factor = scale / self._comm.size if average else scale
+        self._overlap = overlap and self._comm.size > 1
+        self._synchronises = True
+        self._series = self._comm.series()
+        self._lay_out(parsed)
+
+    # -- setting up
+
+    def _lay_out(self, parsed: Sequence[Gradient]) -> None:
+        """Find or make the arrays, and all that reduces them."""
+        self.names = [gradient.name for gradient in parsed]
+        self._numbers = {name: i for i, name in enumerate(self.names)}
+        self._dtypes = [gradient.dtype for gradient in parsed]
+        self._nbytes = [int(np.prod(g.shape, dtype=np.int64)) * g.dtype.itemsize for g in parsed]
+        order = self._settings.order or tuple(reversed(range(len(parsed))))
+        self._limit = self._bucket_limit()
+        self.buckets = self._assign(order)
+        self._allocated: dict[Bucket, Array] = {}
+        given = [gradient.array for gradient in parsed if gradient.array is not None]
+        self.gradients = given or self._allocate(parsed)
+        pairs = zip(self.gradients[1:], self.gradients, strict=False)
+        joined = np.array([False, *(follows(array, previous) for array, previous in pairs)])
+        self._comm.Allreduce(MPI.IN_PLACE, joined, MPI.LAND)
+        self._joined = joined.tolist()
+        learns = self._settings.order is None and not self._allocated and self._compression is None
+        self._observed: list[int] | None = [] if learns and len(self.buckets) > 1 else None
+        self.late: list[str] = []  # gradients that held complete buckets up in the last step
+        self._late: list[str] = []
+        self._make_tasks()
+
+    def _bucket_limit(self) -> int:
+        if self._settings.bucket_bytes is not None:
+            return self._settings.bucket_bytes
+        return tune_bucket_bytes(self._comm) if sum(self._nbytes) > FIRST_BUCKET else FIRST_BUCKET
+
+    def _assign(self, order: Sequence[int]) -> list[Bucket]:
+        return assign(self._nbytes, self._dtypes, order, (min(self._limit, FIRST_BUCKET), self._limit))
+
+    def _allocate(self, parsed: Sequence[Gradient]) -> list[Array]:
+        """Gradients as views of buckets."""
+        views: dict[int, Array] = {}
+        for bucket in self.buckets:
+            members = [parsed[i] for i in bucket.members]
+            counts = [self._nbytes[i] // bucket.dtype.itemsize for i in bucket.members]
+            begins, count = slots(counts, bucket.dtype.itemsize)
+            self._allocated[bucket] = whole = new_bucket(count, bucket.dtype)
+            for i, gradient, begin, length in zip(bucket.members, members, begins, counts, strict=True):
+                views[i] = whole[begin : begin + length].reshape(gradient.shape)
+        return [views[i] for i in range(len(parsed))]
+
+    def _make_tasks(self) -> None:
+        n = len(self.names)
+        self._problems, self._agreed = new_bucket(n, np.int32), new_bucket(n, np.int32)
+        self._flag_of = [0] * n  # where in these a gradient's is
+        self.codecs: list[Codec] = []
+        tasks: list[Task] = []
+        ends = []
+        flagged = 0
+        for bucket in self.buckets:
+            flags = self._problems[flagged : flagged + len(bucket.members)]
+            made, members = self._bucket_tasks(bucket, None if self._settings.nonfinite == "pass" else flags)
+            for position, member in enumerate(members):
+                self._flag_of[member] = flagged + position
+            flagged += len(members)
+            tasks += made
+            ends.append(len(tasks))
+        self._ends = ends
+        tasks += self._series.tasks("allreduce", self._problems, self._agreed, MPI.MAX)
+        self._bucket_of = {i: b for b, bucket in enumerate(self.buckets) for i in bucket.members}
+        threaded = self._overlap and self._series.may_have_a_thread()
+        keep = (list(self._series.calls), self.gradients, self._problems, self._agreed)
+        self._queue = TaskQueue(tasks, keep, threaded, self._series.hurry, self._series.give_up)
+        self._begin_step()
+
+    def _bucket_tasks(self, bucket: Bucket, flags: Array | None) -> tuple[list[Task], tuple[int, ...]]:
+        """What reduces a bucket, and its members in the order of ``flags``."""
+        if bucket in self._allocated:
+            parts = [Piece(bucket.members, self._allocated[bucket])]
+        else:
+            parts = pieces(self.gradients, bucket.members, self._joined)
+        if self._compression is not None:
+            return self._compressed(self._compression, bucket, parts, flags), bucket.members
+        least = tuning.loose_from(self._series.channel is not None)
+        group = Group(self.gradients, parts, self._settings.wire_dtype or bucket.dtype, least)
+        return group.tasks(self._reduction, flags), group.members
+
+    def _reduction(self, array: Array) -> list[Task]:
+        """The reduction of a flat array, in place."""
+        if self._comm.size == 1:
+            return [] if self._factor == 1 else [scale_task(array, self._factor)]
+        name = self._settings.algorithm
+        given: dict[str, Any] = {} if name is None else {"algorithm": name}
+        if self._factor == 1 and not self._settings.average:
+            return self._series.tasks("allreduce", MPI.IN_PLACE, array, MPI.SUM, **given)
+        return self._series.tasks("allreduce", MPI.IN_PLACE, array, AVG, factor=self._factor, **given)
+
+    def _compressed(
+        self, compression: Compression, bucket: Bucket, parts: Sequence[Piece], flags: Array | None
+    ) -> list[Task]:
+        arrays = [self.gradients[i] for i in bucket.members]
+        begins, count = slots([array.size for array in arrays], bucket.dtype.itemsize)
+        before, after = [], []
+        if len(parts) == 1:
+            data = parts[0].data
+            begins = [(address(array) - address(data)) // bucket.dtype.itemsize for array in arrays]
+        else:
+            data = new_bucket(count, bucket.dtype)
+            packing = Packing(arrays, data)
+            before, after = [packing.pack_task()], [packing.unpack_task()]
+        shapes = [array.shape for array in arrays]
+        rank, nranks = self._comm.rank, self._comm.size
+        codec = compression.bind(data, shapes, begins, rank, nranks, self._factor, new_bucket)
+        self.codecs.append(codec)
+        stages = [task for stage in codec.stages for task in self._stage_tasks(stage)]
+        look = [] if flags is None else [nonfinite_task(arrays, flags)]
+        return [*look, *before, *stages, *after, *look]
+
+    def _stage_tasks(self, stage: Any) -> list[Task]:
+        if not isinstance(stage, Exchange):
+            return [PythonTask(stage).task]
+        send = MPI.IN_PLACE if stage.send is stage.recv else stage.send
+        return self._series.tasks(stage.collective.lower(), send, stage.recv)
+
+    # -- at work
+
+    def _begin_step(self) -> None:
+        self._ready = [False] * len(self.names)
+        self._left = [len(bucket.members) for bucket in self.buckets]
+        self._head = 0  # the first bucket that is not complete
+        self._problems[:] = 0
+
+    def ready(self, gradient: int | str) -> None:
+        """The gradient of this number, or name, is complete: it may be reduced from now on.
+
+        Raises RuntimeError if it has been ready before in this step, ValueError if there is none such.
+        """
+        i = self._numbers.get(gradient, -1) if isinstance(gradient, str) else gradient
+        if not 0 <= i < len(self._ready):
+            raise ValueError(
+                f"gradient: expected a name or a number below {len(self._ready)}, got {gradient!r}"
+            )
+        if not self._synchronises:
+            return
+        if self._ready[i]:
+            raise RuntimeError(
+                f"gradient {self.names[i]!r} was marked ready twice in one step on rank {self._comm.rank}; "
+                "call wait() after each backward pass, or use no_sync() to accumulate"
+            )
+        self._ready[i] = True
+        if self._observed is not None:
+            self._observed.append(i)
+        b = self._bucket_of[i]
+        self._left[b] -= 1
+        if b == self._head and self._left[b] == 0:
+            self._release(i)
+
+    def _release(self, last: int) -> None:
+        """Let the buckets be reduced that are complete now that ``last`` is."""
+        before = self._head
+        while self._head < len(self.buckets) and self._left[self._head] == 0:
+            self._head += 1
+        if self._head > before + 1:
+            self._late.append(self.names[last])  # complete buckets had to wait for it
+        # What remains is for `wait`, which comes soon: to hand a little over to a thread costs more than it.
+        worth = self._head < len(self.buckets) or self._nbytes_of(self.buckets[-1]) >= FIRST_BUCKET
+        self._queue.release(self._ends[self._head - 1], wake=worth)
+
+    def _nbytes_of(self, bucket: Bucket) -> int:
+        return sum(self._nbytes[i] for i in bucket.members)
+
+    def wait(self) -> bool:
+        """Complete the step: all gradients are reduced, the same bits on every rank; collective.
+
+        False if the step is to be skipped, which is so on all ranks: something was not finite, with
+        ``nonfinite="skip"``. Within `no_sync` nothing is done, and false returned.
+        """
+        if not self._synchronises:
+            return False
+        for i in [i for i, ready in enumerate(self._ready) if not ready]:
+            if self._settings.unused == "zero":
+                self.gradients[i][...] = 0
+            else:
+                self._problems[self._flag_of[i]] = MISSING
+        self._queue.finish()
+        own, anywhere = self._problems.copy(), bool(self._agreed.any())
+        self.late, self._late = self._late, []
+        self._begin_step()
+        if self._observed is not None:
+            self._learn_order()
+        return self._judge(own) if anywhere else True
+
+    def ready_all(self) -> None:
+        """All gradients that are not yet are ready, in the expected order."""
+        for bucket in self.buckets:
+            for i in bucket.members:
+                if not self._ready[i]:
+                    self.ready(i)
+
+    def _learn_order(self) -> None:
+        """Make buckets in the order in which rank 0 has seen gradients become ready, if that differs."""
+        observed, self._observed = self._observed or [], None
+        unseen = [i for bucket in self.buckets for i in bucket.members if i not in set(observed)]
+        order = self._comm.bcast([*observed, *unseen])
+        buckets = self._assign(order)
+        if buckets != self.buckets:
+            self.buckets = buckets
+            self._queue.close()
+            self._series.calls.clear()
+            self._make_tasks()
+
+    def _judge(self, own: Array) -> bool:
+        """What comes of problems on any rank; ``own`` are this rank's."""
+        mine = [(self.names[i], int(own[flag])) for i, flag in enumerate(self._flag_of) if own[flag]]
+        found = [(rank, *problem) for rank, each in enumerate(self._comm.allgather(mine)) for problem in each]
+        missing = [(rank, name) for rank, name, problem in found if problem == MISSING]
+        if missing:
+            raise RuntimeError(
+                f"gradients never marked ready in this step: {_on_ranks(missing)}; what wait() has summed "
+                "for them is of no use. unused='zero' lets them count as zeros"
+            )
+        if self._settings.nonfinite == "skip":
+            return False
+        where = [(rank, name) for rank, name, problem in found if problem == NONFINITE]
+        raise FloatingPointError(f"NaN or infinity in gradients: {_on_ranks(where)}")
+
+    @contextmanager
+    def no_sync(self) -> Iterator[None]:
+        """Accumulate gradients: in this block `ready` and `wait` do nothing. On all ranks alike."""
+        before, self._synchronises = self._synchronises, False
+        try:
+            yield
+        finally:
+            self._synchronises = before
+
+    def close(self) -> None:
+        """End the thread, and give up what was allocated beside the gradients. Collective."""
+        self._queue.close()
+        self._series.close()
+        if self._owns_comm:
+            self._comm.Free()
+
+    def __enter__(self) -> GradientSync:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *rest: Any) -> None:
+        if kind is None:
+            self.close()
+
+
+def _on_ranks(found: Sequence[tuple[int, str]]) -> str:
+    """Names, and the ranks of each."""
+    ranks: dict[str, list[int]] = {}
+    for rank, name in found:
+        ranks.setdefault(name, []).append(rank)
+    shown = [f"{name!r} on rank {', '.join(map(str, where))}" for name, where in ranks.items()]
+    more = f" and {len(shown) - NAMED} more" if len(shown) > NAMED else ""
+    return "; ".join(shown[:NAMED]) + more

@@ -1,0 +1,151 @@
+"""What the gradients of a model are, and that all ranks mean the same by them."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from mpi4py import MPI
+
+from mpicoll.buffers import Dtype, host_data
+from mpicoll.grouped import Array
+from mpicoll.kernels.packing import FLOATS
+
+NONFINITE_WAYS = ("pass", "raise", "skip")
+UNUSED_WAYS = ("raise", "zero")
+
+
+@dataclass(frozen=True)
+class Gradient:
+    """One tensor; ``array`` is None where it is yet to be allocated."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: Dtype
+    array: Array | None
+
+    def __str__(self) -> str:
+        return f"{self.dtype}{list(self.shape)}"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How gradients are reduced; see `mpicoll.fusion.GradientSync`."""
+
+    average: bool
+    scale: float
+    wire_dtype: Dtype | None
+    compression: str | None  # its name
+    bucket_bytes: int | None
+    order: tuple[int, ...] | None
+    nonfinite: str
+    unused: str
+    algorithm: str | None
+
+
+def parse(
+    gradients: Mapping[str, Any] | Sequence[Any], names: Sequence[str] | None, dtype: Dtype
+) -> list[Gradient]:
+    """From arrays, or shapes of arrays of ``dtype``. TypeError and ValueError name the gradient."""
+    if isinstance(gradients, Mapping):
+        if names is not None:
+            raise ValueError("names: expected none beside a mapping, whose keys are the names")
+        names, gradients = list(gradients), list(gradients.values())
+    if names is None:
+        names = [str(i) for i in range(len(gradients))]
+    if len(names) != len(gradients) or len(set(names)) != len(names):
+        raise ValueError(f"names: expected {len(gradients)} different names, got {list(names)}")
+    parsed = [_parse_one(name, given, dtype) for name, given in zip(names, gradients, strict=True)]
+    if len({gradient.array is None for gradient in parsed}) > 1:
+        raise TypeError("gradients: expected either arrays or shapes, got both")
+    return parsed
+
+
+def _parse_one(name: str, given: Any, dtype: Dtype) -> Gradient:
+    if isinstance(given, (int, np.integer)):
+        given = (given,)
+    if isinstance(given, (tuple, list)):
+        shape = tuple(map(operator.index, given))
+        if any(n < 0 for n in shape):
+            raise ValueError(f"gradient {name!r}: expected dimensions of 0 or more, got {shape}")
+        return Gradient(name, shape, dtype, None)
+    array = host_data(given, f"gradient {name!r}", writable=True).array
+    return Gradient(name, array.shape, array.dtype, array)
+
+
+def check(gradients: Sequence[Gradient], settings: Settings) -> None:
+    """Raise TypeError or ValueError, naming the argument, for settings that these gradients cannot have."""
+    if settings.nonfinite not in NONFINITE_WAYS:
+        raise ValueError(f"nonfinite: expected {_any_of(NONFINITE_WAYS)}, got {settings.nonfinite!r}")
+    if settings.unused not in UNUSED_WAYS:
+        raise ValueError(f"unused: expected {_any_of(UNUSED_WAYS)}, got {settings.unused!r}")
+    if settings.bucket_bytes is not None and settings.bucket_bytes < 1:
+        raise ValueError(f"bucket_bytes: expected a positive number, got {settings.bucket_bytes}")
+    if settings.order is not None and sorted(settings.order) != list(range(len(gradients))):
+        raise ValueError(f"order: expected the numbers from 0 to {len(gradients) - 1}, each once")
+    if settings.wire_dtype is not None and settings.compression is not None:
+        raise ValueError("wire_dtype: expected none beside compression, which says how gradients travel")
+    if settings.wire_dtype is not None and settings.wire_dtype not in FLOATS:
+        raise TypeError(f"wire_dtype: expected {_any_of(map(str, FLOATS))}, got {settings.wire_dtype}")
+    for gradient in gradients:
+        _check_dtype(gradient, settings)
+
+
+def _check_dtype(gradient: Gradient, settings: Settings) -> None:
+    if settings.compression is not None and gradient.dtype != np.float32:
+        raise TypeError(f"gradient {gradient.name!r}: compression is for float32, got {gradient.dtype}")
+    computes = settings.average or settings.scale != 1 or settings.wire_dtype is not None
+    if computes and gradient.dtype not in FLOATS:
+        raise TypeError(
+            f"gradient {gradient.name!r}: expected {_any_of(map(str, FLOATS))}, got {gradient.dtype}; only "
+            "average=False without scale and wire_dtype sums other dtypes"
+        )
+
+
+def _any_of(allowed: Any) -> str:
+    return " or ".join(map(repr, allowed))
+
+
+@contextmanager
+def on_all_ranks(comm: MPI.Intracomm) -> Iterator[None]:
+    """An exception in this block on any rank is one on all: nobody is left waiting. Collective."""
+    error = None
+    try:
+        yield
+    except Exception as raised:
+        error = raised
+    errors = comm.allgather(error and f"{type(error).__name__}: {error}")
+    if error is not None:
+        raise error
+    failed = [(rank, text) for rank, text in enumerate(errors) if text]
+    if failed:
+        raise RuntimeError(f"rank {failed[0][0]} could not take part: {failed[0][1]}")
+
+
+def check_agreement(comm: MPI.Intracomm, gradients: Sequence[Gradient], settings: Settings) -> None:
+    """Raise ValueError on all ranks, naming the first gradient or setting, where ranks differ. Collective."""
+    own = ([(g.name, str(g)) for g in gradients], gradients[0].array is None if gradients else None)
+    described = comm.allgather((*own, {name: str(value) for name, value in asdict(settings).items()}))
+    expected = described[0]
+    for rank, found in enumerate(described):
+        if found != expected:
+            raise ValueError(_difference(expected, found, rank))
+
+
+def _difference(expected: Any, found: Any, rank: int) -> str:
+    theirs = f"as on rank 0; rank {rank} has"
+    for (name, like), (other_name, other_like) in zip(expected[0], found[0], strict=False):
+        if name != other_name:
+            return f"gradients: expected {name!r} {theirs} {other_name!r} in its place"
+        if like != other_like:
+            return f"gradient {name!r}: expected {like} {theirs} {other_like}"
+    if len(expected[0]) != len(found[0]):
+        return f"gradients: expected {len(expected[0])} {theirs} {len(found[0])}"
+    if expected[1] != found[1]:
+        return f"gradients: expected {'shapes' if expected[1] else 'arrays'} {theirs} the other"
+    name = next(name for name in expected[2] if expected[2][name] != found[2][name])
+    return f"{name}: expected {expected[2][name]} {theirs} {found[2][name]}"

@@ -1,0 +1,187 @@
+"""Many arrays reduced together: where they lie, and the tasks that reduce them.
+
+Large pieces of memory are reduced where they are; small ones are packed into a bucket, which the node's other
+ranks can read, and unpacked again:
+
+    [a........] [b..] [c.] [d...........]          a, d large: allreduce in place
+                pack -> [b..|c.] -> allreduce -> unpack
+
+Arrays that are cast, to travel in another dtype, are all packed.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
+from operator import attrgetter
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from mpi4py import MPI
+
+from mpicoll.buffers import host_data
+from mpicoll.calls import CallMaker, Operation, operation_name
+from mpicoll.fastcalls import described
+from mpicoll.kernels.packing import Packing, nonfinite_task, slots
+from mpicoll.kernels.tasks import Task
+from mpicoll.progress import TaskQueue
+from mpicoll.requests import Series
+from mpicoll.transports.arena import ArenaError, new_array
+from mpicoll.transports.shared import Channel
+from mpicoll.tuning import loose_from
+
+Array = npt.NDArray[Any]
+
+MAX_LISTS = 16  # of arrays, for which what was prepared is kept
+
+
+def new_bucket(count: int, dtype: npt.DTypeLike) -> Array:
+    """Zeros that the other ranks of the node can read, if that is possible."""
+    try:
+        return new_array(count, dtype)
+    except (ArenaError, MemoryError):
+        return np.zeros(count, dtype)
+
+
+def address(array: Array) -> int:
+    """Where an array begins."""
+    return int(array.__array_interface__["data"][0])
+
+
+class _Memory:
+    """Bytes at an address, for NumPy; ``owner`` lives as long as the arrays made of them."""
+
+    def __init__(self, begin: int, nbytes: int, owner: Any) -> None:
+        self.owner = owner
+        interface = {"version": 3, "data": (begin, False), "shape": (nbytes,), "typestr": "|u1"}
+        self.__array_interface__ = interface
+
+
+def memory(begin: int, nbytes: int, dtype: np.dtype[Any], owner: Any = None) -> Array:
+    """The elements at an address, as a flat array."""
+    return np.asarray(_Memory(begin, nbytes, owner)).view(dtype)
+
+
+def follows(array: Array, other: Array) -> bool:
+    """Whether an array begins where another ends."""
+    return array.dtype == other.dtype and address(array) == address(other) + other.nbytes
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Arrays that lie in one piece of memory: their numbers, and all of it as one flat array."""
+
+    members: tuple[int, ...]
+    data: Array
+
+
+def pieces(arrays: Sequence[Array], members: Sequence[int], joined: Sequence[bool]) -> list[Piece]:
+    """Those of ``arrays`` that ``members`` numbers, ascending, in as few pieces as can be.
+
+    ``joined[i]`` says that array i begins where array i - 1 ends, on all ranks: they must come to the same.
+    """
+    groups: list[list[int]] = []
+    for i in members:
+        if groups and joined[i] and groups[-1][-1] == i - 1:
+            groups[-1].append(i)
+        else:
+            groups.append([i])
+    return [Piece(tuple(group), _flat([arrays[i] for i in group])) for group in groups]
+
+
+def _flat(arrays: Sequence[Array]) -> Array:
+    nbytes = sum(array.nbytes for array in arrays)
+    return memory(address(arrays[0]), nbytes, arrays[0].dtype, list(arrays))
+
+
+class Group:
+    """Arrays of one dtype that are reduced together in place: the ``parts`` of ``arrays``.
+
+    ``travels`` is the dtype that they travel in, ``least`` the bytes of a piece from which on it is reduced
+    by itself. ``members`` has the arrays' numbers, in the order in which flags for them lie.
+    """
+
+    def __init__(
+        self, arrays: Sequence[Array], parts: Sequence[Piece], travels: np.dtype[Any], least: int
+    ) -> None:
+        cast = any(part.data.dtype != travels for part in parts)
+        self.loose = [] if cast else [p for p in parts if len(parts) == 1 or p.data.nbytes >= least]
+        loose = [i for part in self.loose for i in part.members]
+        packed = [i for part in parts for i in part.members if i not in loose]
+        self.members = (*loose, *packed)
+        self._loose, self._packed = ([arrays[i] for i in numbers] for numbers in (loose, packed))
+        count = slots([array.size for array in self._packed], travels.itemsize)[1]
+        self._bucket = new_bucket(count, travels) if packed else None
+
+    def tasks(self, reduce: Callable[[Array], list[Task]], flags: Array | None = None) -> list[Task]:
+        """``reduce`` makes the tasks that reduce a flat array in place.
+
+        ``flags``, int32 for each of ``members``, become 1 for what is not finite, before or after.
+        """
+        on_loose, on_packed = (None, None) if flags is None else np.split(flags, [len(self._loose)])
+        look = [] if on_loose is None or not self._loose else [nonfinite_task(self._loose, on_loose)]
+        found = [*look, *(task for part in self.loose for task in reduce(part.data)), *look]
+        if self._bucket is None:
+            return found
+        packing = Packing(self._packed, self._bucket)
+        inside = reduce(self._bucket)
+        return [*found, packing.pack_task(1, on_packed), *inside, packing.unpack_task(1, on_packed)]
+
+
+class ManyCalls:
+    """The lists of arrays that one communicator reduces again and again."""
+
+    def __init__(self, maker: CallMaker, channel: Channel | None, tag: int) -> None:
+        self._series = Series(maker, channel, tag)
+        self._queues: OrderedDict[Any, TaskQueue] = OrderedDict()
+
+    def find(self, arrays: Sequence[Any], op: Operation, algorithm: str | None) -> TaskQueue | None:
+        """What reduces these arrays in place; None where ``op`` is a user's own."""
+        name = operation_name(op)
+        if name is None:
+            return None
+        looks = described(arrays)
+        if looks is None:
+            arrays = [host_data(array, f"arrays[{i}]", writable=True).array for i, array in enumerate(arrays)]
+            looks = described(arrays) or repr([_look(array) for array in arrays]).encode()
+        key = (name, algorithm, looks)
+        if key not in self._queues:
+            self._queues[key] = self._queue(arrays, op, algorithm)
+            if len(self._queues) > MAX_LISTS:
+                self._queues.popitem(last=False)
+        self._queues.move_to_end(key)
+        return self._queues[key]
+
+    def _queue(self, arrays: Sequence[Array], op: Operation, algorithm: str | None) -> TaskQueue:
+        for i, array in enumerate(arrays):
+            host_data(array, f"arrays[{i}]", writable=True)
+        _check_apart(arrays)
+        # The arrays are the caller's; what is kept must not keep them alive.
+        views = [memory(address(array), array.nbytes, array.dtype) for array in arrays]
+        least = loose_from(self._series.channel is not None)
+        given: dict[str, Any] = {} if algorithm is None else {"algorithm": algorithm}
+        tasks: list[Task] = []
+        for dtype in dict.fromkeys(array.dtype for array in arrays):
+            members = [i for i, array in enumerate(views) if array.dtype == dtype]
+            parts = pieces(views, members, [False] * len(views))
+            reduce = partial(self._series.tasks, "allreduce", MPI.IN_PLACE, op=op, **given)
+            tasks += Group(views, parts, dtype, least).tasks(reduce)
+        calls, self._series.calls = self._series.calls, []
+        return TaskQueue(tasks, calls, False, self._series.hurry, self._series.give_up)
+
+
+_look = attrgetter("dtype", "size", "flags.num", "ctypes.data")
+
+
+def _check_apart(arrays: Sequence[Array]) -> None:
+    """Raise ValueError if any two arrays have memory in common."""
+    ordered = sorted((address(array), i) for i, array in enumerate(arrays) if array.size)
+    for (begin, i), (after, j) in pairwise(ordered):
+        if after < begin + arrays[i].nbytes:
+            raise ValueError(
+                f"arrays[{max(i, j)}]: expected memory of its own, got some of arrays[{min(i, j)}]"
+            )
