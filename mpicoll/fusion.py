@@ -25,8 +25,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from statistics import median
 from time import perf_counter
+from types import TracebackType
 from typing import Any
 
 import ml_dtypes  # noqa: F401  (so that NumPy knows "bfloat16")
@@ -39,7 +41,7 @@ from mpicoll.calls import AVG
 from mpicoll.communicator import Communicator
 from mpicoll.compression import Codec, Compression, Exchange
 from mpicoll.gradients import Gradient, Settings, check, check_agreement, on_all_ranks, parse
-from mpicoll.grouped import Array, Group, Piece, address, follows, new_bucket, pieces
+from mpicoll.grouped import Array, Flags, Group, Piece, address, follows, new_bucket, pieces
 from mpicoll.kernels.packing import Packing, nonfinite_task, slots
 from mpicoll.kernels.reduce import scale_task
 from mpicoll.kernels.tasks import Task
@@ -50,7 +52,7 @@ TRIED_BUCKETS = [1 << 18, 1 << 20, 1 << 22, 1 << 24]  # bytes
 TRIALS = 5
 ENOUGH = 1.15  # times the least time per byte that a bucket's size may cost
 
-NONFINITE, MISSING = 1, 2  # what may be wrong with a gradient
+PROBLEMS = MISSING, NONFINITE_BEFORE, NONFINITE_AFTER = range(3)  # of a gradient
 NAMED = 10  # gradients that an error names, at most
 
 
@@ -71,11 +73,13 @@ def assign(
     """
     closed: list[list[int]] = []
     open_: dict[np.dtype[Any], list[int]] = {}
+    filled: dict[np.dtype[Any], int] = {}  # bytes
     for i in order:
-        bucket = open_.setdefault(dtypes[i], [])
-        bucket.append(i)
-        if sum(nbytes[j] for j in bucket) >= limits[bool(closed)]:
+        open_.setdefault(dtypes[i], []).append(i)
+        filled[dtypes[i]] = filled.get(dtypes[i], 0) + nbytes[i]
+        if filled[dtypes[i]] >= limits[bool(closed)]:
             closed.append(open_.pop(dtypes[i]))
+            del filled[dtypes[i]]
     place = {i: position for position, i in enumerate(order)}
     buckets = sorted([*closed, *open_.values()], key=lambda bucket: place[bucket[-1]])
     return [Bucket(tuple(sorted(bucket)), dtypes[bucket[0]]) for bucket in buckets]
@@ -143,26 +147,25 @@ class GradientSync:
         overlap: bool = True,
         algorithm: str | None = None,
     ) -> None:
-        self._owns_comm = not isinstance(comm, Communicator)
-        self._comm = comm if isinstance(comm, Communicator) else Communicator(comm)
-        self._compression = compression
-        self._settings = settings = Settings(
-            average,
-            scale,
-            None if wire_dtype is None else np.dtype(wire_dtype),
-            None if compression is None else compression.name,
-            bucket_bytes,
-            None if order is None else tuple(order),
-            nonfinite,
-            unused,
-            algorithm,
-        )
-        with on_all_ranks(self._comm):
+        with on_all_ranks(comm):
+            self._settings = Settings.of(
+                average=average,
+                scale=scale,
+                wire_dtype=wire_dtype,
+                compression=compression,
+                bucket_bytes=bucket_bytes,
+                order=order,
+                nonfinite=nonfinite,
+                unused=unused,
+                algorithm=algorithm,
+            )
             parsed = parse(gradients, names, np.dtype(dtype))
-            check(parsed, settings)
-        check_agreement(self._comm, parsed, settings)
-        self._factor = scale / self._comm.size if average else scale
-        self._overlap = overlap and self._comm.size > 1
+            check(parsed, self._settings)
+        check_agreement(comm, parsed, self._settings)
+        self._comm = comm if isinstance(comm, Communicator) else Communicator(comm)
+        self._frees_comm = self._comm is not comm
+        self._factor = self._settings.scale / comm.size if average else self._settings.scale
+        self._overlap = overlap and comm.size > 1
         self._synchronises = True
         self._series = self._comm.series()
         self._lay_out(parsed)
@@ -185,7 +188,7 @@ class GradientSync:
         joined = np.array([False, *(follows(array, previous) for array, previous in pairs)])
         self._comm.Allreduce(MPI.IN_PLACE, joined, MPI.LAND)
         self._joined = joined.tolist()
-        learns = self._settings.order is None and not self._allocated and self._compression is None
+        learns = self._settings.order is None and not self._allocated and self._settings.compression is None
         self._observed: list[int] | None = [] if learns and len(self.buckets) > 1 else None
         self.late: list[str] = []  # gradients that held complete buckets up in the last step
         self._late: list[str] = []
@@ -213,14 +216,15 @@ class GradientSync:
 
     def _make_tasks(self) -> None:
         n = len(self.names)
-        self._problems, self._agreed = new_bucket(n, np.int32), new_bucket(n, np.int32)
-        self._flag_of = [0] * n  # where in these a gradient's is
+        self._problems, self._agreed = (new_bucket(3 * n, np.int32).reshape(3, n) for _ in range(2))
+        self._flag_of = [0] * n  # where in a row of these a gradient's flag is
         self.codecs: list[Codec] = []
         tasks: list[Task] = []
         ends = []
         flagged = 0
         for bucket in self.buckets:
-            flags = self._problems[flagged : flagged + len(bucket.members)]
+            own = slice(flagged, flagged + len(bucket.members))
+            flags = Flags(self._problems[NONFINITE_BEFORE, own], self._problems[NONFINITE_AFTER, own])
             made, members = self._bucket_tasks(bucket, None if self._settings.nonfinite == "pass" else flags)
             for position, member in enumerate(members):
                 self._flag_of[member] = flagged + position
@@ -235,14 +239,14 @@ class GradientSync:
         self._queue = TaskQueue(tasks, keep, threaded, self._series.hurry, self._series.give_up)
         self._begin_step()
 
-    def _bucket_tasks(self, bucket: Bucket, flags: Array | None) -> tuple[list[Task], tuple[int, ...]]:
+    def _bucket_tasks(self, bucket: Bucket, flags: Flags | None) -> tuple[list[Task], tuple[int, ...]]:
         """What reduces a bucket, and its members in the order of ``flags``."""
         if bucket in self._allocated:
             parts = [Piece(bucket.members, self._allocated[bucket])]
         else:
             parts = pieces(self.gradients, bucket.members, self._joined)
-        if self._compression is not None:
-            return self._compressed(self._compression, bucket, parts, flags), bucket.members
+        if self._settings.compression is not None:
+            return self._compressed(self._settings.compression, bucket, parts, flags), bucket.members
         least = tuning.loose_from(self._series.channel is not None)
         group = Group(self.gradients, parts, self._settings.wire_dtype or bucket.dtype, least)
         return group.tasks(self._reduction, flags), group.members
@@ -258,7 +262,7 @@ class GradientSync:
         return self._series.tasks("allreduce", MPI.IN_PLACE, array, AVG, factor=self._factor, **given)
 
     def _compressed(
-        self, compression: Compression, bucket: Bucket, parts: Sequence[Piece], flags: Array | None
+        self, compression: Compression, bucket: Bucket, parts: Sequence[Piece], flags: Flags | None
     ) -> list[Task]:
         arrays = [self.gradients[i] for i in bucket.members]
         begins, count = slots([array.size for array in arrays], bucket.dtype.itemsize)
@@ -266,6 +270,7 @@ class GradientSync:
         if len(parts) == 1:
             data = parts[0].data
             begins = [(address(array) - address(data)) // bucket.dtype.itemsize for array in arrays]
+            after = _gaps_task(data, arrays, begins)
         else:
             data = new_bucket(count, bucket.dtype)
             packing = Packing(arrays, data)
@@ -275,8 +280,10 @@ class GradientSync:
         codec = compression.bind(data, shapes, begins, rank, nranks, self._factor, new_bucket)
         self.codecs.append(codec)
         stages = [task for stage in codec.stages for task in self._stage_tasks(stage)]
-        look = [] if flags is None else [nonfinite_task(arrays, flags)]
-        return [*look, *before, *stages, *after, *look]
+        if flags is not None:
+            before = [nonfinite_task(arrays, flags.before), *before]
+            after = [*after, nonfinite_task(arrays, flags.after)]
+        return [*before, *stages, *after]
 
     def _stage_tasks(self, stage: Any) -> list[Task]:
         if not isinstance(stage, Exchange):
@@ -298,7 +305,7 @@ class GradientSync:
         Raises RuntimeError if it has been ready before in this step, ValueError if there is none such.
         """
         i = self._numbers.get(gradient, -1) if isinstance(gradient, str) else gradient
-        if not 0 <= i < len(self._ready):
+        if not (isinstance(i, int) and 0 <= i < len(self._ready)):
             raise ValueError(
                 f"gradient: expected a name or a number below {len(self._ready)}, got {gradient!r}"
             )
@@ -343,14 +350,14 @@ class GradientSync:
             if self._settings.unused == "zero":
                 self.gradients[i][...] = 0
             else:
-                self._problems[self._flag_of[i]] = MISSING
+                self._problems[MISSING, self._flag_of[i]] = 1
         self._queue.finish()
-        own, anywhere = self._problems.copy(), bool(self._agreed.any())
+        own = self._problems[:, self._flag_of].tolist() if self._agreed.any() else None
         self.late, self._late = self._late, []
         self._begin_step()
         if self._observed is not None:
             self._learn_order()
-        return self._judge(own) if anywhere else True
+        return True if own is None else self._judge(own)
 
     def ready_all(self) -> None:
         """All gradients that are not yet are ready, in the expected order."""
@@ -362,7 +369,8 @@ class GradientSync:
     def _learn_order(self) -> None:
         """Make buckets in the order in which rank 0 has seen gradients become ready, if that differs."""
         observed, self._observed = self._observed or [], None
-        unseen = [i for bucket in self.buckets for i in bucket.members if i not in set(observed)]
+        seen = set(observed)
+        unseen = [i for bucket in self.buckets for i in bucket.members if i not in seen]
         order = self._comm.bcast([*observed, *unseen])
         buckets = self._assign(order)
         if buckets != self.buckets:
@@ -371,11 +379,14 @@ class GradientSync:
             self._series.calls.clear()
             self._make_tasks()
 
-    def _judge(self, own: Array) -> bool:
-        """What comes of problems on any rank; ``own`` are this rank's."""
-        mine = [(self.names[i], int(own[flag])) for i, flag in enumerate(self._flag_of) if own[flag]]
-        found = [(rank, *problem) for rank, each in enumerate(self._comm.allgather(mine)) for problem in each]
-        missing = [(rank, name) for rank, name, problem in found if problem == MISSING]
+    def _judge(self, own: list[list[int]]) -> bool:
+        """What comes of problems on any rank; ``own`` are this rank's, each with a flag for each gradient."""
+        mine = [[name for name, flag in zip(self.names, flags, strict=True) if flag] for flags in own]
+        everyones = self._comm.allgather(mine)
+        missing, before, after = (
+            [(rank, name) for rank, names in enumerate(everyones) for name in names[problem]]
+            for problem in PROBLEMS
+        )
         if missing:
             raise RuntimeError(
                 f"gradients never marked ready in this step: {_on_ranks(missing)}; what wait() has summed "
@@ -383,8 +394,10 @@ class GradientSync:
             )
         if self._settings.nonfinite == "skip":
             return False
-        where = [(rank, name) for rank, name, problem in found if problem == NONFINITE]
-        raise FloatingPointError(f"NaN or infinity in gradients: {_on_ranks(where)}")
+        if before:
+            raise FloatingPointError(f"NaN or infinity in gradients: {_on_ranks(before)}")
+        names = ", ".join(repr(name) for rank, name in after if rank == 0)
+        raise FloatingPointError(f"gradients that are finite on every rank have sums that are not: {names}")
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:
@@ -399,15 +412,30 @@ class GradientSync:
         """End the thread, and give up what was allocated beside the gradients. Collective."""
         self._queue.close()
         self._series.close()
-        if self._owns_comm:
+        if self._frees_comm:
             self._comm.Free()
+            self._frees_comm = False
 
     def __enter__(self) -> GradientSync:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *rest: Any) -> None:
-        if kind is None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is None:
             self.close()
+        else:  # the other ranks may be waiting for this one: they learn what it met
+            self._series.give_up(error)
+            self._queue.close()
+
+
+def _gaps_task(data: Array, arrays: Sequence[Array], begins: Sequence[int]) -> list[Task]:
+    """Zeros where no array lies: what a codec leaves there would be a gradient in the next step."""
+    unused = np.ones(data.size, bool)
+    for array, begin in zip(arrays, begins, strict=True):
+        unused[begin : begin + array.size] = False
+    gaps = np.flatnonzero(unused)
+    return [PythonTask(partial(np.put, data, gaps, 0)).task] if gaps.size else []
 
 
 def _on_ranks(found: Sequence[tuple[int, str]]) -> str:

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from mpi4py import MPI
 
 from mpicoll.buffers import Dtype, host_data
-from mpicoll.grouped import Array
+from mpicoll.compression import Compression
+from mpicoll.grouped import Array, check_apart, check_dtype
 from mpicoll.kernels.packing import FLOATS
 
 NONFINITE_WAYS = ("pass", "raise", "skip")
@@ -29,7 +30,8 @@ class Gradient:
     array: Array | None
 
     def __str__(self) -> str:
-        return f"{self.dtype}{list(self.shape)}"
+        order = "" if self.array is None or self.array.flags.c_contiguous else " in Fortran's order"
+        return f"{self.dtype}{list(self.shape)}{order}"
 
 
 @dataclass(frozen=True)
@@ -39,12 +41,42 @@ class Settings:
     average: bool
     scale: float
     wire_dtype: Dtype | None
-    compression: str | None  # its name
+    compression: Compression | None
     bucket_bytes: int | None
     order: tuple[int, ...] | None
     nonfinite: str
     unused: str
     algorithm: str | None
+
+    @classmethod
+    def of(cls, **given: Any) -> Settings:
+        """From a user's arguments. Raises TypeError that names the argument."""
+        for name, convert in _CONVERSIONS.items():
+            if given[name] is not None:
+                given[name] = _converted(name, given[name], convert)
+        compression = given["compression"]
+        if compression is not None and not hasattr(compression, "bind"):
+            raise TypeError(f"compression: expected one of mpicoll.compression, got {compression!r}")
+        return cls(**given)
+
+
+def _numbers(given: Any) -> tuple[int, ...]:
+    return tuple(map(operator.index, given))
+
+
+_CONVERSIONS: dict[str, Callable[[Any], Any]] = {
+    "scale": float,
+    "wire_dtype": np.dtype,
+    "bucket_bytes": operator.index,
+    "order": _numbers,
+}
+
+
+def _converted(name: str, given: Any, convert: Callable[[Any], Any]) -> Any:
+    try:
+        return convert(given)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"{name}: got {given!r}: {error}") from None
 
 
 def parse(
@@ -59,6 +91,8 @@ def parse(
         names = [str(i) for i in range(len(gradients))]
     if len(names) != len(gradients) or len(set(names)) != len(names):
         raise ValueError(f"names: expected {len(gradients)} different names, got {list(names)}")
+    if not all(isinstance(name, str) for name in names):
+        raise TypeError(f"names: expected strings, got {list(names)}")
     parsed = [_parse_one(name, given, dtype) for name, given in zip(names, gradients, strict=True)]
     if len({gradient.array is None for gradient in parsed}) > 1:
         raise TypeError("gradients: expected either arrays or shapes, got both")
@@ -69,7 +103,7 @@ def _parse_one(name: str, given: Any, dtype: Dtype) -> Gradient:
     if isinstance(given, (int, np.integer)):
         given = (given,)
     if isinstance(given, (tuple, list)):
-        shape = tuple(map(operator.index, given))
+        shape = _converted(f"gradient {name!r}", given, _numbers)
         if any(n < 0 for n in shape):
             raise ValueError(f"gradient {name!r}: expected dimensions of 0 or more, got {shape}")
         return Gradient(name, shape, dtype, None)
@@ -93,9 +127,12 @@ def check(gradients: Sequence[Gradient], settings: Settings) -> None:
         raise TypeError(f"wire_dtype: expected {_any_of(map(str, FLOATS))}, got {settings.wire_dtype}")
     for gradient in gradients:
         _check_dtype(gradient, settings)
+    arrays = [gradient.array for gradient in gradients if gradient.array is not None]
+    check_apart(arrays, [f"gradient {gradient.name!r}" for gradient in gradients])
 
 
 def _check_dtype(gradient: Gradient, settings: Settings) -> None:
+    check_dtype(gradient.dtype, f"gradient {gradient.name!r}")
     if settings.compression is not None and gradient.dtype != np.float32:
         raise TypeError(f"gradient {gradient.name!r}: compression is for float32, got {gradient.dtype}")
     computes = settings.average or settings.scale != 1 or settings.wire_dtype is not None
@@ -129,7 +166,7 @@ def on_all_ranks(comm: MPI.Intracomm) -> Iterator[None]:
 def check_agreement(comm: MPI.Intracomm, gradients: Sequence[Gradient], settings: Settings) -> None:
     """Raise ValueError on all ranks, naming the first gradient or setting, where ranks differ. Collective."""
     own = ([(g.name, str(g)) for g in gradients], gradients[0].array is None if gradients else None)
-    described = comm.allgather((*own, {name: str(value) for name, value in asdict(settings).items()}))
+    described = comm.allgather((*own, {name: repr(value) for name, value in vars(settings).items()}))
     expected = described[0]
     for rank, found in enumerate(described):
         if found != expected:

@@ -17,16 +17,18 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
 from operator import attrgetter
-from typing import Any
+from typing import Any, NamedTuple
+from zlib import crc32
 
 import numpy as np
 import numpy.typing as npt
 from mpi4py import MPI
 
-from mpicoll.buffers import host_data
+from mpicoll.buffers import Dtype, host_data
 from mpicoll.calls import CallMaker, Operation, operation_name
 from mpicoll.fastcalls import described
 from mpicoll.kernels.packing import Packing, nonfinite_task, slots
+from mpicoll.kernels.reduce import DTYPES
 from mpicoll.kernels.tasks import Task
 from mpicoll.progress import TaskQueue
 from mpicoll.requests import Series
@@ -98,6 +100,17 @@ def _flat(arrays: Sequence[Array]) -> Array:
     return memory(address(arrays[0]), nbytes, arrays[0].dtype, list(arrays))
 
 
+class Flags(NamedTuple):
+    """For each of some arrays an int32 that becomes 1 if it is not finite, before it is reduced and after."""
+
+    before: Array
+    after: Array
+
+    def split(self, at: int) -> tuple[Flags, Flags]:
+        """Those of the first ``at`` arrays, and those of the others."""
+        return Flags(self.before[:at], self.after[:at]), Flags(self.before[at:], self.after[at:])
+
+
 class Group:
     """Arrays of one dtype that are reduced together in place: the ``parts`` of ``arrays``.
 
@@ -111,25 +124,24 @@ class Group:
         cast = any(part.data.dtype != travels for part in parts)
         self.loose = [] if cast else [p for p in parts if len(parts) == 1 or p.data.nbytes >= least]
         loose = [i for part in self.loose for i in part.members]
-        packed = [i for part in parts for i in part.members if i not in loose]
+        packed = [i for part in parts if part not in self.loose for i in part.members]
         self.members = (*loose, *packed)
         self._loose, self._packed = ([arrays[i] for i in numbers] for numbers in (loose, packed))
         count = slots([array.size for array in self._packed], travels.itemsize)[1]
         self._bucket = new_bucket(count, travels) if packed else None
 
-    def tasks(self, reduce: Callable[[Array], list[Task]], flags: Array | None = None) -> list[Task]:
-        """``reduce`` makes the tasks that reduce a flat array in place.
-
-        ``flags``, int32 for each of ``members``, become 1 for what is not finite, before or after.
-        """
-        on_loose, on_packed = (None, None) if flags is None else np.split(flags, [len(self._loose)])
-        look = [] if on_loose is None or not self._loose else [nonfinite_task(self._loose, on_loose)]
-        found = [*look, *(task for part in self.loose for task in reduce(part.data)), *look]
+    def tasks(self, reduce: Callable[[Array], list[Task]], flags: Flags | None = None) -> list[Task]:
+        """``reduce`` makes the tasks that reduce a flat array in place; ``flags`` are the ``members``'s."""
+        on_loose, on_packed = (None, None) if flags is None else flags.split(len(self._loose))
+        found = [task for part in self.loose for task in reduce(part.data)]
+        if on_loose is not None and self._loose:
+            before, after = (nonfinite_task(self._loose, each) for each in on_loose)
+            found = [before, *found, after]
         if self._bucket is None:
             return found
-        packing = Packing(self._packed, self._bucket)
-        inside = reduce(self._bucket)
-        return [*found, packing.pack_task(1, on_packed), *inside, packing.unpack_task(1, on_packed)]
+        packing, inside = Packing(self._packed, self._bucket), reduce(self._bucket)
+        before, after = (None, None) if on_packed is None else on_packed
+        return [*found, packing.pack_task(1, before), *inside, packing.unpack_task(1, after)]
 
 
 class ManyCalls:
@@ -157,18 +169,22 @@ class ManyCalls:
         return self._queues[key]
 
     def _queue(self, arrays: Sequence[Array], op: Operation, algorithm: str | None) -> TaskQueue:
-        for i, array in enumerate(arrays):
-            host_data(array, f"arrays[{i}]", writable=True)
-        _check_apart(arrays)
+        names = [f"arrays[{i}]" for i in range(len(arrays))]
+        for array, argument in zip(arrays, names, strict=True):
+            host_data(array, argument, writable=True)
+            check_dtype(array.dtype, argument)
+        check_apart(arrays, names)
         # The arrays are the caller's; what is kept must not keep them alive.
         views = [memory(address(array), array.nbytes, array.dtype) for array in arrays]
         least = loose_from(self._series.channel is not None)
         given: dict[str, Any] = {} if algorithm is None else {"algorithm": algorithm}
         tasks: list[Task] = []
+        # Equally long buckets may be packed from different arrays; the ranks of a node compare this, too.
+        layout = crc32(repr([(array.size, str(array.dtype)) for array in arrays]).encode())
         for dtype in dict.fromkeys(array.dtype for array in arrays):
             members = [i for i, array in enumerate(views) if array.dtype == dtype]
             parts = pieces(views, members, [False] * len(views))
-            reduce = partial(self._series.tasks, "allreduce", MPI.IN_PLACE, op=op, **given)
+            reduce = partial(self._series.tasks, "allreduce", MPI.IN_PLACE, op=op, mark=layout, **given)
             tasks += Group(views, parts, dtype, least).tasks(reduce)
         calls, self._series.calls = self._series.calls, []
         return TaskQueue(tasks, calls, False, self._series.hurry, self._series.give_up)
@@ -177,11 +193,16 @@ class ManyCalls:
 _look = attrgetter("dtype", "size", "flags.num", "ctypes.data")
 
 
-def _check_apart(arrays: Sequence[Array]) -> None:
-    """Raise ValueError if any two arrays have memory in common."""
+def check_dtype(dtype: Dtype, argument: str) -> None:
+    """Raise TypeError, naming the argument, for a dtype that nothing is reduced in."""
+    if dtype not in DTYPES:
+        raise TypeError(f"{argument}: expected numbers, got {dtype}")
+
+
+def check_apart(arrays: Sequence[Array], names: Sequence[str]) -> None:
+    """Raise ValueError, naming them, if any two arrays have memory in common."""
     ordered = sorted((address(array), i) for i, array in enumerate(arrays) if array.size)
     for (begin, i), (after, j) in pairwise(ordered):
         if after < begin + arrays[i].nbytes:
-            raise ValueError(
-                f"arrays[{max(i, j)}]: expected memory of its own, got some of arrays[{min(i, j)}]"
-            )
+            shared, other = names[max(i, j)], names[min(i, j)]
+            raise ValueError(f"{shared}: expected memory of its own, got some of {other}")

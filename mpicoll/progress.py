@@ -178,7 +178,7 @@ class TaskQueue:
         self._threaded = threaded
         self._hurry, self._give_up = hurry, give_up
         self._thread: threading.Thread | None = None
-        self._broken = False
+        self._ended = ""  # why nothing can be done any more
         self._stop = weakref.finalize(self, _stop, self._address, state)
         self._stop.atexit = False
 
@@ -203,7 +203,7 @@ class TaskQueue:
             if result != DONE:
                 self._ask("fail", result)
         except BaseException as error:
-            self._broken = True
+            self._ended = f"it has been broken off by {type(error).__name__}: {error}"
             self._give_up(error)
             raise
         if self._threaded:
@@ -213,13 +213,14 @@ class TaskQueue:
 
     def close(self) -> None:
         """End the thread."""
+        self._ended = "it has been closed"
         self._stop()
         if self._thread is not None:
             self._thread.join()
 
     def _check_whole(self) -> None:
-        if self._broken:
-            raise RuntimeError("an error has broken this off: make a new one")
+        if self._ended:
+            raise RuntimeError(f"this cannot be used any more, for {self._ended}")
 
     def _start(self) -> None:
         owned = (
@@ -253,5 +254,5 @@ class TaskQueue:
 
 
 def _stop(address: int, state: Any) -> None:
-    state[STOP] = 1
+    state[STOP] = state[WANTED] = 1
     _release.ctypes(address, 0, True)

@@ -223,10 +223,13 @@ class Series:
         self.channel = channel
         self.calls: list[Call] = []  # made so far, with the memory that their tasks use
 
-    def tasks(self, collective: str, *args: Any, factor: float | None = None, **named: Any) -> list[Task]:
+    def tasks(
+        self, collective: str, *args: Any, factor: float | None = None, mark: int = 0, **named: Any
+    ) -> list[Task]:
         """A collective as tasks, ``collective`` being a method of `CallMaker`, with mpi4py's arguments.
 
         ``factor`` is for ``op=AVG``: what sums are multiplied by, instead of one over the number of ranks.
+        ``mark``: what the ranks of a node compare, besides the arguments.
         """
         call = getattr(self._maker, collective)(*args, **named)
         if call is None:
@@ -235,6 +238,8 @@ class Series:
             call.plan.move_to(self.channel)
         if factor is not None:
             call.plan.set_factor(factor)
+        if isinstance(call.plan, SharedPlan):
+            call.plan.mark(mark)
         call.bind(self._tag)
         before, after = ([PythonTask(f).task] if f is not None else [] for f in (call.before, call.after))
         self.calls.append(call)
@@ -259,6 +264,8 @@ class Series:
         """This rank needs the channel no more."""
         if self.channel is not None:
             self.channel.retired = True
+
+    __del__ = close
 
 
 class PersistentCall:

@@ -90,6 +90,7 @@ PATIENT = 20_000_000  # nanoseconds to wait before Python handles signals
 NOT_FAR = np.iinfo(np.int64).max  # bytes that no block has
 LOOKS = 64  # polls between looks at the clock: they cost as much as a few polls
 FEW_SPINS = 100  # some microseconds: what another rank is about to say is still heard at once
+MARK_AT, MARK_BITS = 44, 19  # where in what is compared a plan's mark is
 NO_STEP = np.iinfo(np.int64).max  # which nobody has published
 
 
@@ -441,6 +442,10 @@ class SharedPlan:
         """What sums are multiplied by where the operation is AVG, instead of one over the number of ranks."""
         self.words[FACTOR : FACTOR + 1].view(np.float64)[0] = factor
 
+    def mark(self, number: int) -> None:
+        """Let ranks whose numbers differ be in different calls."""
+        self.words[CALL] = int(self.words[CALL]) % (1 << MARK_AT) + ((number % (1 << MARK_BITS)) << MARK_AT)
+
     def retire(self) -> None:
         """The caller needs the plan, and its own channel, no more."""
         self.channel.retired = True
@@ -478,6 +483,8 @@ class SharedPlan:
 
 def describe(code: int, size: int) -> str:
     """A call as a person would write it, from what a control line says."""
-    collective, root, operation = int(code) & 255, int(code) >> 8 & 0xFFFFFF, int(code) >> 32
+    call = int(code) % (1 << MARK_AT)
+    collective, root, operation = call & 255, call >> 8 & 0xFFFFFF, call >> 32
     what = f"{size} bytes" if operation == 0 else f"{operation_name(operation)}, {size} elements"
-    return f"{COLLECTIVES[collective]}({what}, root={root})"
+    mark = f", sizes #{int(code) >> MARK_AT}" if int(code) >> MARK_AT else ""
+    return f"{COLLECTIVES[collective]}({what}, root={root}{mark})"
