@@ -8,12 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
-import shlex
-import sys
 from collections.abc import Iterator, Sequence
-from datetime import date
-from io import StringIO
+from functools import partial
 from typing import Any
 
 import click
@@ -21,74 +17,46 @@ from mpi4py import MPI
 from rich.console import Console
 
 from mpicoll import Communicator
-from mpicoll.faults import abort_on_exception
-from mpicoll.info import cpu_model
-from mpicoll.launch import usable_cpus
 
 from . import options as command_line
 from .contenders import Contender, Memory, allocated_memory, native, our_contenders, private_memory
 from .data import Problem
+from .jobs import WRONG, about_job, agreed, main, refusing, say
 from .kinds import DTYPES, NO_ROOT, count_of
 from .options import Options
 from .report import comparison, entry, nccl_table, plot
 from .timing import Settings, Timed, measure
 
-USAGE_ERROR = 2  # the exit status of a command that was asked for what it cannot do
-WRONG = 1  # ... of one that found a wrong result
 WIDTH = 250  # characters; a comparison of many contenders is not to be broken into lines
-THREAD_LEVELS = {
-    MPI.THREAD_SINGLE: "single",
-    MPI.THREAD_FUNNELED: "funneled",
-    MPI.THREAD_SERIALIZED: "serialized",
-    MPI.THREAD_MULTIPLE: "multiple",
-}
 
 
-@abort_on_exception()
-def command(args: Sequence[str], prog_name: str) -> None:
-    """Measure as ``args`` say, on all ranks, and exit: 0, 1 after a wrong result, 2 if the user erred."""
-    comm = Communicator(MPI.COMM_WORLD)
-    status = run(comm, args, prog_name)
-    comm.Free()
-    sys.exit(status)
-
-
+@refusing
 def run(comm: Communicator, args: Sequence[str], prog_name: str = "mpicoll bench") -> int:
     """The exit status, the same on every rank."""
-    try:
-        options = _agreed_options(comm, args, prog_name)
-        if options is None:
-            return 0
-        results, outside = _measure_all(comm, options)
-    except click.ClickException as error:  # the same on every rank
-        if comm.rank == 0:
-            error.show()
-        comm.Barrier()  # or the launcher might end rank 0 before it has spoken
-        return USAGE_ERROR
-    report = {**_about(comm, options, args), **results}
+    options = agreed(comm, partial(_parse, comm, args, prog_name))
+    if options is None:
+        return 0
+    results, outside = _measure_all(comm, options)
+    report = {
+        "collective": options.collective,
+        **about_job(comm, prog_name, args, vars(options)),
+        **results,
+    }
     if comm.rank == 0:
         _publish(report, outside, options)
     return WRONG if any(outside.values()) or _count_wrong(report) else 0
 
 
-def _agreed_options(comm: Communicator, args: Sequence[str], prog_name: str) -> Options | None:
-    """None if only ``--help`` was wanted. What is wrong on any rank is raised on all of them."""
-    error = options = None
-    quiet = contextlib.nullcontext() if comm.rank == 0 else contextlib.redirect_stdout(StringIO())
-    try:
-        with quiet:
-            outcome = command_line.command.main(list(args), prog_name, standalone_mode=False)
-        options = outcome if isinstance(outcome, Options) else None
-        if options is not None:
-            command_line.check_here(options, comm.rank, comm.size)
-    except click.ClickException as raised:
-        error = raised
-    elsewhere = [message for message in comm.allgather(error and error.format_message()) if message]
-    if error is not None:
-        raise error
-    if elsewhere:
-        raise click.UsageError(elsewhere[0])
-    return options
+command = partial(main, run)
+
+
+def _parse(comm: Communicator, args: Sequence[str], prog_name: str) -> Options | None:
+    """None if only ``--help`` was wanted."""
+    outcome = command_line.command.main(list(args), prog_name, standalone_mode=False)
+    if not isinstance(outcome, Options):
+        return None
+    command_line.check_here(outcome, comm.rank, comm.size)
+    return outcome
 
 
 def _measure_all(comm: Communicator, options: Options) -> tuple[dict[str, Any], dict[str, int]]:
@@ -102,12 +70,12 @@ def _measure_all(comm: Communicator, options: Options) -> tuple[dict[str, Any], 
 
     def say_once(text: str) -> None:
         if text not in said:
-            _say(comm, text)
+            say(comm, text)
         said.add(text)
 
     with _contenders(comm, options, max(problem.size for problem in problems)) as (contenders, memory):
         for number, problem in enumerate(problems, 1):
-            _say(comm, f"{problem} ({number} of {len(problems)})")
+            say(comm, f"{problem} ({number} of {len(problems)})")
             timed, copying = measure(comm, problem, contenders, memory, settings, say_once)
             memcpy.append({"size": problem.size, "time": copying * 1e6})
             for name, times in _by_contender(timed).items():
@@ -160,27 +128,6 @@ def _by_contender(timed: Sequence[Timed]) -> dict[str, list[Timed]]:
     for each in timed:
         found.setdefault(each.contender, []).append(each)
     return found
-
-
-def _say(comm: Communicator, text: str) -> None:
-    if comm.rank == 0:
-        click.echo(text, err=True)
-
-
-def _about(comm: Communicator, options: Options, args: Sequence[str]) -> dict[str, Any]:
-    """What the results were measured on, and how."""
-    library = MPI.Get_library_version().strip("\0").splitlines()[0].split(",")[0]
-    flags = {name: value for name, value in vars(options).items() if name not in ("json", "plot")}
-    return {
-        "collective": options.collective,
-        "ranks": comm.size,
-        "command": shlex.join(["mpirun", "-np", str(comm.size), "mpicoll", "bench", *args]),
-        "date": date.today().isoformat(),
-        "machine": {"cpu": f"{os.cpu_count()} × {cpu_model()}", "cores": usable_cpus()},
-        "mpi": " ".join(library.replace("Version:", "").split()),
-        "thread_level": THREAD_LEVELS[MPI.Query_thread()],
-        "flags": flags,
-    }
 
 
 def _publish(report: dict[str, Any], outside: dict[str, int], options: Options) -> None:

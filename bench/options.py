@@ -33,6 +33,11 @@ def _size(ctx: click.Context, param: click.Parameter, text: str | None) -> int |
     return size
 
 
+json_option = click.option(
+    "--json", metavar="FILE", type=click.Path(path_type=Path, readable=False), help="Write the results here."
+)
+
+
 @dataclass(frozen=True)
 class Options:
     """What the command line says, with what it leaves out filled in."""
@@ -100,9 +105,7 @@ class Options:
 @click.option("--persistent", is_flag=True, help="Measure persistent calls, too.")
 @click.option("--algorithm", metavar="NAME[,NAME...]", default=AUTO, help="Measure each of these.")
 @click.option("--turns", type=click.IntRange(min=1), default=5, help="Turns of each; the median counts.")
-@click.option(
-    "--json", metavar="FILE", type=click.Path(path_type=Path, readable=False), help="Write the results here."
-)
+@json_option
 @click.option(
     "--plot",
     metavar="FILE.png",
@@ -113,6 +116,9 @@ def command(datatype: str, op: str | None, algorithm: str, root: int | None, **g
     """Measure a collective on all ranks that mpirun started, as nccl-tests does on GPUs.
 
     COLLECTIVE is one of allreduce, reduce_scatter, broadcast, allgather, reduce, alltoall, sendrecv.
+
+    Two others have options of their own: `mpicoll bench gradients --help` (many gradients at once, beside the
+    backward pass) and `mpicoll bench kernels --help` (what ranks do by themselves; without mpirun).
 
     Times are in microseconds, bandwidths in 10^9 bytes per second. Those who are measured take turns; a turn
     is some calls, one after the other, and its time is the slowest rank's mean. #wrong counts the wrong
@@ -200,10 +206,11 @@ def _check_files(options: Options) -> None:
         )
     for flag, path in (("--json", options.json), ("--plot", options.plot)):
         if path is not None:
-            _check_writable(flag, path)
+            check_writable(flag, path)
 
 
-def _check_writable(flag: str, path: Path) -> None:
+def check_writable(flag: str, path: Path) -> None:
+    """Raise `click.BadParameter` unless there is, or can be, a file that can be written."""
     existed = path.exists()
     try:
         path.open("a").close()

@@ -130,7 +130,8 @@ def _try(
 
 
 @contextmanager
-def _no_collection() -> Iterator[None]:
+def no_collection() -> Iterator[None]:
+    """No garbage is collected in this block: it would be somebody's time."""
     gc.disable()
     try:
         yield
@@ -143,11 +144,11 @@ def _take_turns(comm: MPI.Intracomm, actions: Sequence[Action], settings: Settin
     for action in actions:
         for _ in range(settings.warmup):
             action()
-    with _no_collection():
+    with no_collection():
         calls = [settings.iters or _calls_per_turn(comm, action) for action in actions]
         seconds = np.array(
             [
-                [_turn(comm, action, count) for action, count in zip(actions, calls, strict=True)]
+                [turn(comm, action, count) for action, count in zip(actions, calls, strict=True)]
                 for _ in range(settings.turns)
             ]
         )
@@ -156,11 +157,11 @@ def _take_turns(comm: MPI.Intracomm, actions: Sequence[Action], settings: Settin
 
 
 def _calls_per_turn(comm: MPI.Intracomm, action: Action) -> int:
-    seconds = comm.allreduce(min(_turn(comm, action, TRIAL_CALLS) for _ in range(2)), MPI.MAX)
+    seconds = comm.allreduce(min(turn(comm, action, TRIAL_CALLS) for _ in range(2)), MPI.MAX)
     return int(np.clip(TURN / seconds, *CALLS))
 
 
-def _turn(comm: MPI.Intracomm, action: Action, calls: int) -> float:
+def turn(comm: MPI.Intracomm, action: Action, calls: int) -> float:
     """This rank's mean seconds per call."""
     comm.Barrier()
     start = time.perf_counter()

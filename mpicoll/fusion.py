@@ -178,9 +178,9 @@ class GradientSync:
         self._numbers = {name: i for i, name in enumerate(self.names)}
         self._dtypes = [gradient.dtype for gradient in parsed]
         self._nbytes = [int(np.prod(g.shape, dtype=np.int64)) * g.dtype.itemsize for g in parsed]
-        order = self._settings.order or tuple(reversed(range(len(parsed))))
+        self._order = self._settings.order or tuple(reversed(range(len(parsed))))
         self._limit = self._bucket_limit()
-        self.buckets = self._assign(order)
+        self.buckets = self._assign(self._order)
         self._allocated: dict[Bucket, Array] = {}
         given = [gradient.array for gradient in parsed if gradient.array is not None]
         self.gradients = given or self._allocate(parsed)
@@ -361,18 +361,16 @@ class GradientSync:
 
     def ready_all(self) -> None:
         """All gradients that are not yet are ready, in the expected order."""
-        for bucket in self.buckets:
-            for i in bucket.members:
-                if not self._ready[i]:
-                    self.ready(i)
+        for i in self._order:
+            if not self._ready[i]:
+                self.ready(i)
 
     def _learn_order(self) -> None:
         """Make buckets in the order in which rank 0 has seen gradients become ready, if that differs."""
         observed, self._observed = self._observed or [], None
-        seen = set(observed)
-        unseen = [i for bucket in self.buckets for i in bucket.members if i not in seen]
-        order = self._comm.bcast([*observed, *unseen])
-        buckets = self._assign(order)
+        unseen = set(self._order) - set(observed)
+        self._order = self._comm.bcast((*observed, *(i for i in self._order if i in unseen)))
+        buckets = self._assign(self._order)
         if buckets != self.buckets:
             self.buckets = buckets
             self._queue.close()

@@ -57,7 +57,7 @@ def _machine_memory() -> int:
     return os.sysconf("SC_PHYS_PAGES") * PAGE
 
 
-def _available() -> int:
+def available_memory() -> int:
     """Bytes of memory that could still be had: of the machine, and of this process's control groups."""
     lines = Path("/proc/meminfo").read_text().splitlines()
     free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
@@ -207,7 +207,7 @@ class Arena:
         MemoryError if the machine has not that much left.
         """
         room = max(PAGE, -(-nbytes // PAGE) * PAGE)
-        available = _available() if room > RESERVE else room + RESERVE
+        available = available_memory() if room > RESERVE else room + RESERVE
         if room + RESERVE > available:
             raise MemoryError(
                 f"shared memory: expected at most {max(0, available - RESERVE)} bytes, which is what this "

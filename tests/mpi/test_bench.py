@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 from mpi4py import MPI
-from mpicoll.bench.collectives import USAGE_ERROR, WRONG, run
+from mpicoll.bench.collectives import run
+from mpicoll.bench.jobs import USAGE_ERROR, WRONG
 from mpicoll.bench.kinds import KINDS
 
 import mpicoll
