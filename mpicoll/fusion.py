@@ -22,6 +22,7 @@ Sources: S. Li et al., "PyTorch Distributed: Experiences on Accelerating Data Pa
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -304,11 +305,7 @@ class GradientSync:
 
         Raises RuntimeError if it has been ready before in this step, ValueError if there is none such.
         """
-        i = self._numbers.get(gradient, -1) if isinstance(gradient, str) else gradient
-        if not (isinstance(i, int) and 0 <= i < len(self._ready)):
-            raise ValueError(
-                f"gradient: expected a name or a number below {len(self._ready)}, got {gradient!r}"
-            )
+        i = self._number(gradient)
         if not self._synchronises:
             return
         if self._ready[i]:
@@ -323,6 +320,17 @@ class GradientSync:
         self._left[b] -= 1
         if b == self._head and self._left[b] == 0:
             self._release(i)
+
+    def _number(self, gradient: int | str) -> int:
+        try:
+            i = self._numbers[gradient] if isinstance(gradient, str) else operator.index(gradient)
+        except (KeyError, TypeError):
+            i = -1
+        if not 0 <= i < len(self.names):
+            raise ValueError(
+                f"gradient: expected a name or a number below {len(self.names)}, got {gradient!r}"
+            )
+        return i
 
     def _release(self, last: int) -> None:
         """Let the buckets be reduced that are complete now that ``last`` is."""
