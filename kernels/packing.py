@@ -193,9 +193,13 @@ def _check_tensors(tensors: Sequence[Array], name: str) -> np.dtype[Any]:
     return dtypes.pop() if dtypes else np.dtype(np.float32)
 
 
-def _check_bucket(bucket: Array, counts: Sequence[int], dtype: np.dtype[Any]) -> None:
-    begins, _ = slots(counts, bucket.dtype.itemsize)
-    elements = begins[-1] + counts[-1] if counts else 0  # nothing has to follow the last
+def extent(counts: Sequence[int], itemsize: int) -> int:
+    """Elements of a bucket up to the end of the last tensor: those that are read. See `slots`."""
+    begins, _ = slots(counts, itemsize)
+    return begins[-1] + counts[-1] if counts else 0
+
+
+def _check_bucket(bucket: Array, elements: int, dtype: np.dtype[Any]) -> None:
     if bucket.ndim != 1 or not bucket.flags.c_contiguous:
         raise ValueError(f"bucket: expected a flat contiguous array, got shape {bucket.shape}")
     if bucket.size < elements:
@@ -209,11 +213,10 @@ def _check_nonfinite(flags: Array | None, ntensors: int) -> None:
         raise ValueError(f"nonfinite: expected {ntensors} int32, got {flags.dtype} of shape {flags.shape}")
 
 
-def _table(tensors: Sequence[Array], itemsize: int, room: int = 0) -> npt.NDArray[np.int64]:
-    """Entries for tensors with elements of ``itemsize`` bytes in a bucket that has ``room`` for elements."""
+def _table(tensors: Sequence[Array], itemsize: int) -> npt.NDArray[np.int64]:
+    """Entries for tensors whose slots have elements of ``itemsize`` bytes."""
     counts = [tensor.size for tensor in tensors]
     begins, end = slots(counts, itemsize)
-    end = min(end, room)
     table = np.zeros((len(tensors), WIDTH), np.int64)
     table[:, ADDRESS] = [tensor.ctypes.data for tensor in tensors]
     table[:, COUNT] = counts
@@ -244,9 +247,9 @@ class Packing:
     def __init__(self, tensors: Sequence[Array], bucket: Array) -> None:
         self._dtype = _check_tensors(tensors, "tensors")
         counts = [tensor.size for tensor in tensors]
-        _check_bucket(bucket, counts, self._dtype)
+        _check_bucket(bucket, slots(counts, bucket.dtype.itemsize)[1], self._dtype)
         self._tensors, self._bucket = tuple(tensors), bucket
-        self._table = _table(tensors, bucket.dtype.itemsize, bucket.size)
+        self._table = _table(tensors, bucket.dtype.itemsize)
 
     def pack(self, scale: float = 1.0, nonfinite: Array | None = None, stream: None = None) -> None:
         """bucket[slot i] = tensor i * ``scale``, and zeros between slots.
@@ -301,8 +304,8 @@ def nonfinite_task(tensors: Sequence[Array], nonfinite: Array) -> Task:
 class Update:
     """The update of many parameters by SGD, fused with unpacking their gradients.
 
-    ``bucket`` holds the gradients of ``parameters`` in their `slots`; ``velocities`` have the parameters'
-    sizes and dtype, float32 or float64. Raises TypeError and ValueError that name the argument.
+    ``bucket`` holds the gradients of ``parameters`` in their `slots`, up to the last; ``velocities`` have the
+    parameters' sizes and dtype, float32 or float64. Raises TypeError and ValueError that name the argument.
     """
 
     def __init__(self, bucket: Array, parameters: Sequence[Array], velocities: Sequence[Array]) -> None:
@@ -314,9 +317,9 @@ class Update:
         sizes, expected = [v.size for v in velocities], [w.size for w in parameters]
         if sizes != expected:
             raise ValueError(f"velocities: expected the parameters' sizes {expected}, got {sizes}")
-        _check_bucket(bucket, expected, dtype)
+        _check_bucket(bucket, extent(expected, bucket.dtype.itemsize), dtype)
         self._bucket, self._arrays = bucket, (tuple(parameters), tuple(velocities))
-        self._table = _table(parameters, bucket.dtype.itemsize, bucket.size)
+        self._table = _table(parameters, bucket.dtype.itemsize)
         self._table[:, VELOCITY] = [v.ctypes.data for v in velocities]
         wide = dtype == np.float64
         kernel = _update_float64 if wide else _update_float32
