@@ -227,6 +227,50 @@ def scale_task(array: np.ndarray[Any, Any], factor: float) -> Task:
     return Task(_scale_array.address, state.ctypes.data, (array, state))
 
 
+# -- the state of a task that sums rows of 16-bit floats
+FIRST, FOLD, SCALE, NARROW = range(4)  # addresses of kernels; SCALE is 0 for a sum that is not scaled
+FACTOR = 4  # a float64
+ROWS, NROWS, ROW_BYTES = 5, 6, 7  # address of the first, how many, and how far apart
+TOTAL, COUNT = 8, 9  # address of the sum, elements of a row
+SCRATCH = 10  # address of `SUMMED` float32
+SUMMED = 4096  # elements that are summed over all rows before the next: they stay in the first-level cache
+
+
+@CACHED.cfunc("int64(int64, int64)")
+def _sum_rows(state, patience):  # type: ignore[no-untyped-def]
+    s = int64s(state)
+    for start in range(0, s[COUNT], SUMMED):
+        count = min(SUMMED, s[COUNT] - start)
+        row = s[ROWS] + 2 * start
+        call(s[FIRST], (s[SCRATCH], row, row + s[ROW_BYTES], count))
+        for i in range(2, s[NROWS]):
+            call(s[FOLD], (s[SCRATCH], s[SCRATCH], row + i * s[ROW_BYTES], count))
+        if s[SCALE] != 0:
+            call(s[SCALE], (s[SCRATCH], count, as_float(s[FACTOR])))
+        call(s[NARROW], (s[TOTAL] + 2 * start, s[SCRATCH], count))
+    return DONE
+
+
+def sum_rows_task(rows: np.ndarray[Any, Any], total: np.ndarray[Any, Any], factor: float | None) -> Task:
+    """``total`` [m] = the sum of ``rows`` [p, m] times ``factor``, for 16-bit floats and two rows or more.
+
+    Summed in float32, in the order of rows, and rounded once.
+    """
+    wide = np.dtype(np.float32)
+    scratch = np.empty(SUMMED, wide)
+    state = np.zeros(SCRATCH + 1, np.int64)
+    state[FIRST] = reduce_kernel("SUM", rows.dtype, wide)
+    state[FOLD] = reduce_kernel("SUM", rows.dtype, wide, wide)
+    state[NARROW] = cast_kernel_address(rows.dtype, wide)
+    if factor is not None:
+        state[SCALE] = scale_kernel(wide)
+        state[FACTOR : FACTOR + 1].view(np.float64)[0] = factor
+    state[ROWS], state[NROWS], state[ROW_BYTES] = rows.ctypes.data, len(rows), rows.strides[0]
+    state[TOTAL], state[COUNT] = total.ctypes.data, total.size
+    state[SCRATCH] = scratch.ctypes.data
+    return Task(_sum_rows.address, state.ctypes.data, (state, scratch, rows, total))
+
+
 @cache
 def cast_kernel(dst: np.dtype[Any], src: np.dtype[Any]) -> Callable[[int, int, int], None]:
     """``f(dst_address, src_address, count)`` converting elements, rounding to nearest even."""

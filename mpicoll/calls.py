@@ -110,8 +110,8 @@ class CallMaker:
         self._channel = channel
         self._hierarchy = hierarchy
         self._no_hierarchy = no_hierarchy
-        self._rank = private.Get_rank()
-        self._nranks = private.Get_size()
+        self.rank = private.Get_rank()
+        self.nranks = private.Get_size()
         self._spins = spins
         self._algorithm = algorithm
         self._plans = _Plans()
@@ -132,7 +132,7 @@ class CallMaker:
         if operation is None:
             return None
         _check_count(recv, send.count, "as in sendbuf")
-        name = self._choose("allreduce", algorithm, send.count * send.size)
+        name = self.choose("allreduce", algorithm, send.count * send.size)
         return self._reduction_call("allreduce", name, operation, send, recv, send.count)
 
     def reduce(
@@ -146,10 +146,10 @@ class CallMaker:
     ) -> Call | None:
         """Reduce all ranks' ``sendbuf`` into ``recvbuf`` of ``root``; others may pass None there."""
         self._check_root(root)
-        at_root = self._rank == root
+        at_root = self.rank == root
         if not at_root and sendbuf is MPI.IN_PLACE:
             raise ValueError(
-                f"sendbuf: expected data on rank {self._rank}; only root {root} may pass IN_PLACE"
+                f"sendbuf: expected data on rank {self.rank}; only root {root} may pass IN_PLACE"
             )
         recv = parse(recvbuf, "recvbuf", writable=True) if at_root else None
         send = recv if sendbuf is MPI.IN_PLACE and recv is not None else parse(sendbuf, "sendbuf")
@@ -158,7 +158,7 @@ class CallMaker:
             return None
         if recv is not None:
             _check_count(recv, send.count, "as in sendbuf")
-        name = self._choose("reduce", algorithm, send.count * send.size)
+        name = self.choose("reduce", algorithm, send.count * send.size)
         return self._reduction_call("reduce", name, operation, send, recv, send.count, root)
 
     def reduce_scatter_block(
@@ -189,28 +189,28 @@ class CallMaker:
         equal: bool,
     ) -> Call | None:
         in_place = sendbuf is MPI.IN_PLACE
-        recv = parse(recvbuf, "recvbuf", writable=True, blocks=self._nranks if equal and in_place else 1)
-        send = recv if in_place else parse(sendbuf, "sendbuf", blocks=self._nranks if equal else 1)
+        recv = parse(recvbuf, "recvbuf", writable=True, blocks=self.nranks if equal and in_place else 1)
+        send = recv if in_place else parse(sendbuf, "sendbuf", blocks=self.nranks if equal else 1)
         operation = _reduction(send, recv, op)
         if operation is None:
             return None
         if equal:
-            recvcounts = [recv.count] * self._nranks
+            recvcounts = [recv.count] * self.nranks
         elif recvcounts is None:
             if in_place:
                 raise ValueError("recvcounts: expected a count for each rank with IN_PLACE, got None")
             recvcounts = self._private.allgather(recv.count)
         counts = [int(count) for count in recvcounts]
-        if len(counts) != self._nranks or min(counts) < 0:
-            raise ValueError(f"recvcounts: expected {self._nranks} counts of 0 or more, got {counts}")
+        if len(counts) != self.nranks or min(counts) < 0:
+            raise ValueError(f"recvcounts: expected {self.nranks} counts of 0 or more, got {counts}")
         if equal:
-            _check_count(recv, send.count, f"as in each of the {self._nranks} blocks of sendbuf")
+            _check_count(recv, send.count, f"as in each of the {self.nranks} blocks of sendbuf")
         elif not in_place:
             _check_count(send, sum(counts), "the sum of all ranks' receive counts")
-            _check_count(recv, counts[self._rank], f"recvcounts[{self._rank}]")
+            _check_count(recv, counts[self.rank], f"recvcounts[{self.rank}]")
         else:
             _check_count(recv, sum(counts), "the sum of recvcounts, being both input and output")
-        name = self._choose("reduce_scatter", algorithm, sum(counts) * recv.size)
+        name = self.choose("reduce_scatter", algorithm, sum(counts) * recv.size)
         return self._reduction_call("reduce_scatter", name, operation, send, recv, tuple(counts))
 
     def _reduction_call(
@@ -227,7 +227,7 @@ class CallMaker:
         total = shape if isinstance(shape, int) else sum(shape)
         into = recv.address if recv is not None else 0
         in_place = recv is not None and recv.address == send.address
-        widened = algorithm != SHARED and kernels.rounds_often(operation, send.dtype, self._nranks)
+        widened = algorithm != SHARED and kernels.rounds_often(operation, send.dtype, self.nranks)
         # A scattered result moves to the front of its buffer, where an input may still be wanted.
         staged = in_place and collective == "reduce_scatter"
         dtype = FLOAT32 if widened else send.dtype
@@ -236,7 +236,7 @@ class CallMaker:
         plan = self._plans.take(key) or self._reduction_plan(*key)
         call = Call(plan, key, send.address, into, (send.data, recv and recv.data))
         if widened:
-            results = 0 if recv is None else total if isinstance(shape, int) else shape[self._rank]
+            results = 0 if recv is None else total if isinstance(shape, int) else shape[self.rank]
             _widen(call, send.dtype, total, results, in_place)
         elif staged:
             _stage_input(call, total * send.size)
@@ -253,21 +253,21 @@ class CallMaker:
         in_place: bool,
     ) -> Plan:
         if algorithm == SHARED:
-            plan = self._shared_plan(reduction(operation, dtype, self._nranks))
+            plan = self._shared_plan(reduction(operation, dtype, self.nranks))
             if isinstance(shape, int):
                 return plan.set_up(collective, shape, root)
             begins = np.cumsum([0, *shape[:-1]]).tolist()
-            return plan.set_up_blocks(collective, (begins, shape), ([0] * self._nranks, shape))
+            return plan.set_up_blocks(collective, (begins, shape), ([0] * self.nranks, shape))
         if algorithm == HIERARCHICAL:
             assert self._hierarchy is not None and isinstance(shape, int)
             return self._hierarchy.allreduce_plan(operation, dtype, shape)
-        schedule = algorithms.schedule(collective, algorithm, self._nranks, root)
+        schedule = algorithms.schedule(collective, algorithm, self.nranks, root)
         if isinstance(shape, int):
             bounds = chunk_bounds(shape, schedule.nchunks, dtype.itemsize)
             output_at = bounds[:-1]
         else:
             bounds = np.cumsum([0, *shape])
-            output_at = np.zeros(self._nranks, np.int64)
+            output_at = np.zeros(self.nranks, np.int64)
         layout = Layout(np.diff(bounds), bounds[:-1], output_at, in_place)
         average = operation == "AVG"
         kernel = kernels.reduce_kernel("SUM" if average else operation, dtype)
@@ -279,22 +279,22 @@ class CallMaker:
     def bcast(self, buf: Any, root: int = 0, *, algorithm: str | None = None) -> Call:
         """Copy ``buf`` of ``root`` into every rank's."""
         self._check_root(root)
-        message = parse(buf, "buf", writable=self._rank != root)
+        message = parse(buf, "buf", writable=self.rank != root)
         nbytes = message.count * message.size
-        name = self._choose("broadcast", algorithm, nbytes)
+        name = self.choose("broadcast", algorithm, nbytes)
         key = ("broadcast", name, nbytes, root)
         plan = self._plans.take(key) or self._broadcast_plan(*key)
         call = Call(plan, key, 0, message.address, (message.data,))
         if not message.plain:
             block = _one_block(message)
-            call.recv = _stage_blocks(call, block, read=self._rank == root, write=self._rank != root)
+            call.recv = _stage_blocks(call, block, read=self.rank == root, write=self.rank != root)
         call.send = call.recv
         return call
 
     def _broadcast_plan(self, collective: str, algorithm: str, nbytes: int, root: int) -> Plan:
         if algorithm == SHARED:
             return self._shared_plan().set_up(collective, nbytes, root)
-        schedule = algorithms.schedule(collective, algorithm, self._nranks, root)
+        schedule = algorithms.schedule(collective, algorithm, self.nranks, root)
         bounds = chunk_bounds(nbytes, schedule.nchunks, 1)
         return self._plan(schedule, Layout(np.diff(bounds), bounds[:-1], bounds[:-1], in_place=True))
 
@@ -319,7 +319,7 @@ class CallMaker:
     ) -> Call:
         """Gather or scatter: a rank has its ``own`` block in one buffer, the root ``blocks`` in another."""
         self._check_root(root)
-        at_root = self._rank == root
+        at_root = self.rank == root
         in_place = at_root and own is MPI.IN_PLACE
         sends = collective == "gather"
         own_name, blocks_name = ("sendbuf", "recvbuf") if sends else ("recvbuf", "sendbuf")
@@ -345,11 +345,11 @@ class CallMaker:
         own_bytes = own.counts[0] * own.message.size
         # With uneven blocks a rank knows its own size only, so no rank can pass on another's block.
         only = ("direct",) if vector else None
-        name = self._choose(collective, algorithm, own_bytes * self._nranks, only)
-        counts = (0,) * self._nranks if vector else (own_bytes,) * self._nranks
+        name = self.choose(collective, algorithm, own_bytes * self.nranks, only)
+        counts = (0,) * self.nranks if vector else (own_bytes,) * self.nranks
         shape = _Shape(counts, counts) if blocks is None else _byte_shape(blocks)
         if blocks is None:
-            shape.counts[self._rank] = own_bytes
+            shape.counts[self.rank] = own_bytes
         key = (collective, name, vector, shape.key, own_bytes, root, in_place)
         plan = self._plans.take(key)
         if plan is None and name == SHARED:
@@ -373,9 +373,9 @@ class CallMaker:
         return call
 
     def _rooted_plan(self, collective: str, algorithm: str, shape: _Shape, root: int, in_place: bool) -> Plan:
-        schedule = algorithms.schedule(collective, algorithm, self._nranks, root)
+        schedule = algorithms.schedule(collective, algorithm, self.nranks, root)
         counts, blocks_at = np.array(shape.counts), np.array(shape.displacements)
-        own_at = blocks_at if in_place else np.zeros(self._nranks, np.int64)
+        own_at = blocks_at if in_place else np.zeros(self.nranks, np.int64)
         sides = (own_at, blocks_at) if collective == "gather" else (blocks_at, own_at)
         return self._plan(schedule, Layout(counts, sides[0], sides[1], in_place))
 
@@ -385,11 +385,11 @@ class CallMaker:
         plan = self._shared_plan()
         if not vector:
             return plan.set_up(collective, own_bytes, root)
-        nothing = [0] * self._nranks
+        nothing = [0] * self.nranks
         theirs = (blocks.displacements, blocks.counts) if blocks else (nothing, nothing)
         if collective == "gather":
-            return plan.set_up_blocks(collective, (nothing, [own_bytes] * self._nranks), theirs, root, True)
-        mine = [own_bytes if rank == root else 0 for rank in range(self._nranks)]
+            return plan.set_up_blocks(collective, (nothing, [own_bytes] * self.nranks), theirs, root, True)
+        mine = [own_bytes if rank == root else 0 for rank in range(self.nranks)]
         return plan.set_up_blocks(collective, theirs, (nothing, mine), root, True)
 
     # -- everybody sends and receives
@@ -406,22 +406,22 @@ class CallMaker:
         recv = self._blocks(recvbuf, "recvbuf", vector, writable=True)
         in_place = sendbuf is MPI.IN_PLACE
         shape = _byte_shape(recv)
-        send = _own_block(recv, self._rank) if in_place else _one_block(parse(sendbuf, "sendbuf"))
-        _check_block(recv, self._rank, send)
-        name = self._choose("allgather", algorithm, sum(shape.counts))
+        send = _own_block(recv, self.rank) if in_place else _one_block(parse(sendbuf, "sendbuf"))
+        _check_block(recv, self.rank, send)
+        name = self.choose("allgather", algorithm, sum(shape.counts))
         key = ("allgather", name, shape.key, in_place)
         plan = self._plans.take(key)
         if plan is None and name == SHARED:
             plan = self._shared_allgather_plan(shape, vector)
         elif plan is None:
-            schedule = algorithms.schedule("allgather", name, self._nranks)
+            schedule = algorithms.schedule("allgather", name, self.nranks)
             at = np.array(shape.displacements)
-            input_at = at if in_place else np.zeros(self._nranks, np.int64)
+            input_at = at if in_place else np.zeros(self.nranks, np.int64)
             plan = self._plan(schedule, Layout(np.array(shape.counts), input_at, at, in_place))
         call = Call(plan, key, 0, 0, (send.message.data, recv.message.data))
         call.recv = _stage_blocks(call, recv, read=in_place, write=True)
         if in_place:
-            call.send = call.recv + shape.displacements[self._rank]
+            call.send = call.recv + shape.displacements[self.rank]
         else:
             call.send = _stage_blocks(call, send, read=True)
         return call
@@ -429,8 +429,8 @@ class CallMaker:
     def _shared_allgather_plan(self, shape: _Shape, vector: bool) -> SharedPlan:
         plan = self._shared_plan()
         if not vector:
-            return plan.set_up("allgather", shape.counts[self._rank])
-        nothing, own = [0] * self._nranks, [shape.counts[self._rank]] * self._nranks
+            return plan.set_up("allgather", shape.counts[self.rank])
+        nothing, own = [0] * self.nranks, [shape.counts[self.rank]] * self.nranks
         return plan.set_up_blocks("allgather", (nothing, own), (shape.displacements, shape.counts))
 
     def alltoall(self, sendbuf: Any, recvbuf: Any, *, algorithm: str | None = None) -> Call:
@@ -445,10 +445,10 @@ class CallMaker:
         recv = self._blocks(recvbuf, "recvbuf", vector, writable=True)
         in_place = sendbuf is MPI.IN_PLACE
         send = recv if in_place else self._blocks(sendbuf, "sendbuf", vector)
-        _check_block(recv, self._rank, send, self._rank)
+        _check_block(recv, self.rank, send, self.rank)
         shapes = _byte_shape(send), _byte_shape(recv)
         only = ("pairwise",) if vector else None
-        name = self._choose("alltoall", algorithm, sum(shapes[0].counts) * self._nranks, only)
+        name = self.choose("alltoall", algorithm, sum(shapes[0].counts) * self.nranks, only)
         key = ("alltoall", name, vector, shapes[0].key, shapes[1].key)
         plan = self._plans.take(key)
         if plan is None and name == SHARED:
@@ -463,11 +463,11 @@ class CallMaker:
         return call
 
     def _alltoall_plan(self, algorithm: str, sent: _Shape, received: _Shape) -> Plan:
-        schedule = algorithms.schedule("alltoall", algorithm, self._nranks)
+        schedule = algorithms.schedule("alltoall", algorithm, self.nranks)
         # Bruck passes others' blocks on; all are as large as ours then.
         counts = np.full(schedule.nchunks, sent.counts[0])
         input_at, output_at = np.zeros((2, schedule.nchunks), np.int64)
-        ours, theirs = schedule.inputs(self._rank), schedule.outputs(self._rank)
+        ours, theirs = schedule.inputs(self.rank), schedule.outputs(self.rank)
         counts[ours], input_at[ours] = sent.counts, sent.displacements
         counts[theirs], output_at[theirs] = received.counts, received.displacements
         return self._plan(schedule, Layout(counts, input_at, output_at))
@@ -481,7 +481,7 @@ class CallMaker:
 
     def barrier(self, *, algorithm: str | None = None) -> Call:
         """Wait until every rank has come here."""
-        name = self._choose("barrier", algorithm, 0)
+        name = self.choose("barrier", algorithm, 0)
         key = ("barrier", name)
         plan = self._plans.take(key)
         if plan is None and name == SHARED:
@@ -489,7 +489,7 @@ class CallMaker:
         elif plan is None:
             nothing = np.zeros(1, np.int64)
             layout = Layout(nothing, nothing, nothing)
-            schedule = algorithms.schedule("barrier", name, self._nranks)
+            schedule = algorithms.schedule("barrier", name, self.nranks)
             plan = self._plan(schedule, layout, kernel=kernels.reduce_kernel("BOR", BYTES))
         return Call(plan, key, 0, 0, ())
 
@@ -499,15 +499,15 @@ class CallMaker:
         self, schedule: Schedule, layout: Layout, itemsize: int = 1, kernel: int = 0, scale: int = 0
     ) -> Plan:
         nbytes = int(layout.counts.sum()) * itemsize
-        pipeline = tuning.pipeline(self._nranks, nbytes)
-        program = compile_program(schedule, self._rank, layout, itemsize, pipeline, average=bool(scale))
+        pipeline = tuning.pipeline(self.nranks, nbytes)
+        program = compile_program(schedule, self.rank, layout, itemsize, pipeline, average=bool(scale))
         return MessagePlan(program, self._private, self._spins, kernel, scale)
 
     def _shared_plan(self, what: Reduction = NO_REDUCTION) -> SharedPlan:
         assert self._channel is not None
         return SharedPlan(self._channel, what)
 
-    def _choose(
+    def choose(
         self, collective: str, algorithm: str | None, nbytes: int, only: tuple[str, ...] | None = None
     ) -> str:
         """The algorithm's name, from the call, the communicator or the table of `tuning`.
@@ -540,20 +540,20 @@ class CallMaker:
         nodes = self._hierarchy
         if collective == "allreduce" and nodes and tuning.hierarchical_pays(nodes.nnodes, nbytes):
             return HIERARCHICAL
-        return tuning.choose(collective, self._nranks, nbytes)
+        return tuning.choose(collective, self.nranks, nbytes)
 
     def _check_root(self, root: int) -> None:
         if not isinstance(root, (int, np.integer)):
-            raise TypeError(f"root: expected a rank from 0 to {self._nranks - 1}, got {root!r}")
-        if not 0 <= root < self._nranks:
-            raise ValueError(f"root: expected a rank from 0 to {self._nranks - 1}, got {root}")
+            raise TypeError(f"root: expected a rank from 0 to {self.nranks - 1}, got {root!r}")
+        if not 0 <= root < self.nranks:
+            raise ValueError(f"root: expected a rank from 0 to {self.nranks - 1}, got {root}")
 
     def _blocks(self, spec: Any, argument: str, vector: bool, writable: bool = False) -> Blocks:
         if vector:
-            return parse_blocks(spec, argument, self._nranks, writable)
-        message = parse(spec, argument, writable, blocks=self._nranks)
-        counts = [message.count] * self._nranks
-        return Blocks(message, counts, [rank * message.count for rank in range(self._nranks)])
+            return parse_blocks(spec, argument, self.nranks, writable)
+        message = parse(spec, argument, writable, blocks=self.nranks)
+        counts = [message.count] * self.nranks
+        return Blocks(message, counts, [rank * message.count for rank in range(self.nranks)])
 
 
 def operation_name(op: Operation) -> str | None:

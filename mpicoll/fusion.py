@@ -42,7 +42,7 @@ from mpicoll.calls import AVG
 from mpicoll.communicator import Communicator
 from mpicoll.compression import Codec, Compression, Exchange
 from mpicoll.gradients import Gradient, Settings, check, check_agreement, on_all_ranks, parse
-from mpicoll.grouped import Array, Flags, Group, Piece, address, follows, new_bucket, pieces
+from mpicoll.grouped import Array, Flags, Group, Piece, address, follows, new_bucket, pieces, reduction_tasks
 from mpicoll.kernels.packing import Packing, nonfinite_task, slots
 from mpicoll.kernels.reduce import scale_task
 from mpicoll.kernels.tasks import Task
@@ -256,11 +256,9 @@ class GradientSync:
         """The reduction of a flat array, in place."""
         if self._comm.size == 1:
             return [] if self._factor == 1 else [scale_task(array, self._factor)]
-        name = self._settings.algorithm
-        given: dict[str, Any] = {} if name is None else {"algorithm": name}
         if self._factor == 1 and not self._settings.average:
-            return self._series.tasks("allreduce", MPI.IN_PLACE, array, MPI.SUM, **given)
-        return self._series.tasks("allreduce", MPI.IN_PLACE, array, AVG, factor=self._factor, **given)
+            return reduction_tasks(self._series, array, MPI.SUM, None, self._settings.algorithm)
+        return reduction_tasks(self._series, array, AVG, self._factor, self._settings.algorithm)
 
     def _compressed(
         self, compression: Compression, bucket: Bucket, parts: Sequence[Piece], flags: Flags | None
@@ -289,8 +287,9 @@ class GradientSync:
     def _stage_tasks(self, stage: Any) -> list[Task]:
         if not isinstance(stage, Exchange):
             return [PythonTask(stage).task]
-        send = MPI.IN_PLACE if stage.send is stage.recv else stage.send
-        return self._series.tasks(stage.collective.lower(), send, stage.recv)
+        if stage.collective == "Allreduce":
+            return reduction_tasks(self._series, stage.recv, algorithm=self._settings.algorithm)
+        return self._series.tasks(stage.collective.lower(), stage.send, stage.recv)
 
     # -- at work
 

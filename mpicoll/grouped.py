@@ -25,13 +25,14 @@ import numpy.typing as npt
 from mpi4py import MPI
 
 from mpicoll.buffers import Dtype, host_data
-from mpicoll.calls import CallMaker, Operation, operation_name
+from mpicoll.calls import SHARED, CallMaker, Operation, operation_name
 from mpicoll.fastcalls import described
 from mpicoll.kernels.packing import Packing, nonfinite_task, slots
-from mpicoll.kernels.reduce import DTYPES
+from mpicoll.kernels.reduce import DTYPES, rounds_often, sum_rows_task
 from mpicoll.kernels.tasks import Task
 from mpicoll.progress import TaskQueue
 from mpicoll.requests import Series
+from mpicoll.schedule import chunk_bounds
 from mpicoll.transports.arena import ArenaError, new_array
 from mpicoll.transports.shared import Channel
 from mpicoll.tuning import loose_from
@@ -144,6 +145,49 @@ class Group:
         return [*found, packing.pack_task(1, before), *inside, packing.unpack_task(1, after)]
 
 
+def reduction_tasks(
+    series: Series,
+    array: Array,
+    op: Operation = MPI.SUM,
+    factor: float | None = None,
+    algorithm: str | None = None,
+    mark: int = 0,
+) -> list[Task]:
+    """The allreduce of a flat array, in place; see `Series.tasks`.
+
+    16-bit floats are summed in float32, and also in messages travel in 16 bits.
+    """
+    given: dict[str, Any] = {} if algorithm is None else {"algorithm": algorithm}
+    name = operation_name(op)
+    shared = series.maker.choose("allreduce", algorithm, array.nbytes) == SHARED
+    alone = series.maker.nranks == 1
+    if alone or shared or name not in ("SUM", "AVG") or not rounds_often(name, array.dtype, series.maker.nranks):
+        return series.tasks("allreduce", MPI.IN_PLACE, array, op, factor=factor, mark=mark, **given)
+    if name == "AVG" and factor is None:
+        factor = 1 / series.maker.nranks
+    return _sum_of_halves(series, array, factor)
+
+
+def _sum_of_halves(series: Series, array: Array, factor: float | None) -> list[Task]:
+    """Each rank sums one slice: an alltoall, a sum that is rounded once, an allgather.
+
+    For n elements and p ranks a rank sends 4 n (p-1)/p bytes, half of what float32 would take.
+    """
+    rank, nranks = series.maker.rank, series.maker.nranks
+    bounds = chunk_bounds(array.size, nranks, array.itemsize)
+    own = array[bounds[rank] : bounds[rank + 1]]
+    rows = np.zeros((nranks, own.size), array.dtype)
+    # MPI knows no bfloat16, and not every library float16: what travels is bits.
+    bits, received = array.view(np.uint16), rows.view(np.uint16).reshape(-1)
+    counts, begins = np.diff(bounds).tolist(), bounds[:-1].tolist()
+    equal = [own.size] * nranks, [rank * own.size for rank in range(nranks)]
+    return [
+        *series.tasks("alltoallv", [bits, counts, begins], [received, *equal]),
+        sum_rows_task(rows, own, factor),
+        *series.tasks("allgatherv", MPI.IN_PLACE, [bits, counts, begins]),
+    ]
+
+
 class ManyCalls:
     """The lists of arrays that one communicator reduces again and again."""
 
@@ -177,14 +221,13 @@ class ManyCalls:
         # The arrays are the caller's; what is kept must not keep them alive.
         views = [memory(address(array), array.nbytes, array.dtype) for array in arrays]
         least = loose_from(self._series.channel is not None)
-        given: dict[str, Any] = {} if algorithm is None else {"algorithm": algorithm}
         tasks: list[Task] = []
         # Equally long buckets may be packed from different arrays; the ranks of a node compare this, too.
         layout = crc32(repr([(array.size, str(array.dtype)) for array in arrays]).encode())
         for dtype in dict.fromkeys(array.dtype for array in arrays):
             members = [i for i, array in enumerate(views) if array.dtype == dtype]
             parts = pieces(views, members, [False] * len(views))
-            reduce = partial(self._series.tasks, "allreduce", MPI.IN_PLACE, op=op, mark=layout, **given)
+            reduce = partial(reduction_tasks, self._series, op=op, algorithm=algorithm, mark=layout)
             tasks += Group(views, parts, dtype, least).tasks(reduce)
         calls, self._series.calls = self._series.calls, []
         return TaskQueue(tasks, calls, False, self._series.hurry, self._series.give_up)

@@ -218,7 +218,7 @@ class Series:
     """
 
     def __init__(self, maker: CallMaker, channel: Channel | None, tag: int) -> None:
-        self._maker = maker
+        self.maker = maker
         self._tag = tag
         self.channel = channel
         self.calls: list[Call] = []  # made so far, with the memory that their tasks use
@@ -231,7 +231,7 @@ class Series:
         ``factor`` is for ``op=AVG``: what sums are multiplied by, instead of one over the number of ranks.
         ``mark``: what the ranks of a node compare, besides the arguments.
         """
-        call = getattr(self._maker, collective)(*args, **named)
+        call = getattr(self.maker, collective)(*args, **named)
         if call is None:
             raise TypeError(f"{collective}: expected a predefined operation and dtype")
         if self.channel is not None and isinstance(call.plan, (SharedPlan, HierarchicalPlan)):
