@@ -157,7 +157,6 @@ def legend(results: Results) -> list[str]:
         f"over seeds {seeds}; points: those above {BASELINE}'s",
         "bytes: what a rank sends for gradients if no byte is sent twice; an allreduce of n bytes among p "
         "ranks counts 2 n (p-1)/p",
-        "16-bit gradients: sums over more than two ranks travel between nodes as float32: twice the bytes",
         f"{results.date}, {machine}, {results.mpi}: {results.command}",
     ]
 
