@@ -161,7 +161,12 @@ def reduction_tasks(
     name = operation_name(op)
     shared = series.maker.choose("allreduce", algorithm, array.nbytes) == SHARED
     alone = series.maker.nranks == 1
-    if alone or shared or name not in ("SUM", "AVG") or not rounds_often(name, array.dtype, series.maker.nranks):
+    if (
+        alone
+        or shared
+        or name not in ("SUM", "AVG")
+        or not rounds_often(name, array.dtype, series.maker.nranks)
+    ):
         return series.tasks("allreduce", MPI.IN_PLACE, array, op, factor=factor, mark=mark, **given)
     if name == "AVG" and factor is None:
         factor = 1 / series.maker.nranks

@@ -45,7 +45,8 @@ def expected(count: int, dtype: np.dtype[Any], factor: float) -> np.ndarray[Any,
     total = np.zeros(count, np.float32)
     for rank in range(SIZE):
         total += values(rank, count).astype(dtype).astype(np.float32)
-    return (total * np.float32(factor)).astype(dtype)
+    rounded: np.ndarray[Any, Any] = (total * np.float32(factor)).astype(dtype)
+    return rounded
 
 
 @pytest.mark.algorithms
