@@ -11,7 +11,7 @@ and the residual what is missing there: **error feedback** (Seide et al. 2014, I
 2019, arXiv 1901.09847). It is added in the next step, so the sum of all steps' results stays as near to the
 truth as one step's is, however rough the compression. The exception is said where it applies: 16-bit sums.
 
-    codec = TopK(0.01).bind(bucket, shapes, offsets, rank, nranks, 1 / nranks, numpy.zeros)
+    codec = TopK(0.01).bind(Bundle(bucket, shapes, offsets, rank, nranks, 1 / nranks, numpy.zeros))
     for stage in codec.stages:
         if isinstance(stage, Exchange): communicate(stage)
         else: stage()
@@ -45,6 +45,23 @@ from mpicoll.kernels import lowrank, quantise, sparse
 Array = npt.NDArray[Any]
 Shape = tuple[int, ...]
 Allocate = Callable[[int, npt.DTypeLike], Array]
+
+
+class Bundle(NamedTuple):
+    """One rank's gradients in a bucket, and what a codec has to know of them.
+
+    ``bucket`` is flat float32. ``shapes`` are those of the tensors in it and ``offsets`` where each begins,
+    in elements; between them it holds zeros. Gradients are scaled by ``factor``, 1 / ``nranks`` for their
+    mean. ``allocate(count, dtype)`` gives flat zeros that the collectives can send.
+    """
+
+    bucket: Array
+    shapes: Sequence[Shape]
+    offsets: Sequence[int]
+    rank: int
+    nranks: int
+    factor: float
+    allocate: Allocate
 
 
 class Exchange(NamedTuple):
@@ -89,22 +106,8 @@ class Compression(Protocol):
         """As `parse` takes it."""
         ...
 
-    def bind(
-        self,
-        bucket: Array,
-        shapes: Sequence[Shape],
-        offsets: Sequence[int],
-        rank: int,
-        nranks: int,
-        factor: float,
-        allocate: Allocate,
-    ) -> Codec:
-        """Make the stages for ``bucket``, flat float32.
-
-        ``shapes`` are those of the tensors in it and ``offsets`` where each begins, in elements; between them
-        it holds zeros. Gradients are scaled by ``factor``, 1 / ``nranks`` for their mean. ``allocate(count,
-        dtype)`` gives flat zeros that the collectives can send.
-        """
+    def bind(self, bundle: Bundle) -> Codec:
+        """Make the stages for a bucket."""
         ...
 
     def volume(self, count: int, shapes: Sequence[Shape], nranks: int) -> float:
@@ -128,12 +131,12 @@ class HalfCodec:
     Where x is NaN, infinite or too large for the 16 bits, the result is NaN or infinite, there only.
     """
 
-    def __init__(self, bucket: Array, dtype: npt.DTypeLike, factor: float, allocate: Allocate) -> None:
-        self.bucket = bucket
-        self.factor = factor
+    def __init__(self, bundle: Bundle, dtype: npt.DTypeLike) -> None:
+        self.bucket = bucket = bundle.bucket
+        self.factor = bundle.factor
         self.residual = np.zeros(len(bucket), np.float32)
         self.arrays = {"residual": self.residual}
-        self.halves = allocate(len(bucket), dtype)
+        self.halves = bundle.allocate(len(bucket), dtype)
         self.stages: list[Stage] = [
             self.compress,
             Exchange("Allreduce", self.halves, self.halves),
@@ -152,18 +155,9 @@ class HalfCodec:
 class _SixteenBits:
     dtype: ClassVar[npt.DTypeLike]
 
-    def bind(
-        self,
-        bucket: Array,
-        shapes: Sequence[Shape],
-        offsets: Sequence[int],
-        rank: int,
-        nranks: int,
-        factor: float,
-        allocate: Allocate,
-    ) -> Codec:
+    def bind(self, bundle: Bundle) -> Codec:
         """See `Compression.bind`."""
-        return HalfCodec(bucket, self.dtype, factor, allocate)
+        return HalfCodec(bundle, self.dtype)
 
     def volume(self, count: int, shapes: Sequence[Shape], nranks: int) -> float:
         """2 (p-1)/p of 2 n bytes, for n numbers and p ranks."""
@@ -209,9 +203,10 @@ class Int8Codec:
     A NaN or infinity, or an x that overflows float32, makes the 256 elements around it NaN.
     """
 
-    def __init__(self, bucket: Array, rank: int, nranks: int, factor: float, allocate: Allocate) -> None:
-        self.bucket = bucket
-        self.factor = factor
+    def __init__(self, bundle: Bundle) -> None:
+        self.bucket = bucket = bundle.bucket
+        self.factor = bundle.factor
+        rank, nranks, allocate = bundle.rank, bundle.nranks, bundle.allocate
         length, self.row_bytes = _slice_length(len(bucket), nranks), _row_bytes(len(bucket), nranks)
         starts = [min(r * length, len(bucket)) for r in range(nranks + 1)]
         self.slices = [slice(starts[r], starts[r + 1]) for r in range(nranks)]
@@ -280,18 +275,9 @@ class Int8:
 
     name: ClassVar[str] = "int8"
 
-    def bind(
-        self,
-        bucket: Array,
-        shapes: Sequence[Shape],
-        offsets: Sequence[int],
-        rank: int,
-        nranks: int,
-        factor: float,
-        allocate: Allocate,
-    ) -> Codec:
+    def bind(self, bundle: Bundle) -> Codec:
         """See `Compression.bind`."""
-        return Int8Codec(bucket, rank, nranks, factor, allocate)
+        return Int8Codec(bundle)
 
     def volume(self, count: int, shapes: Sequence[Shape], nranks: int) -> float:
         """2 (p-1) (m + 4 ceil(m / 256)); m = n / p rounded up to a multiple of 4, n numbers, p ranks."""
@@ -320,10 +306,11 @@ class TopKCodec:
     more than k of them, the NaNs and then the lowest indices are sent.
     """
 
-    def __init__(self, bucket: Array, k: int, nranks: int, factor: float, allocate: Allocate) -> None:
-        self.bucket = bucket
+    def __init__(self, bundle: Bundle, k: int) -> None:
+        self.bucket = bucket = bundle.bucket
         self.k = k
-        self.factor = factor
+        self.factor = bundle.factor
+        nranks, allocate = bundle.nranks, bundle.allocate
         self.residual = np.zeros(len(bucket), np.float32)
         self.arrays = {"residual": self.residual}
         own, everyone = allocate(2 * k, np.int32), allocate(nranks * 2 * k, np.int32)
@@ -367,18 +354,9 @@ class TopK:
         """As `parse` takes it."""
         return f"topk:{self.fraction}"
 
-    def bind(
-        self,
-        bucket: Array,
-        shapes: Sequence[Shape],
-        offsets: Sequence[int],
-        rank: int,
-        nranks: int,
-        factor: float,
-        allocate: Allocate,
-    ) -> Codec:
+    def bind(self, bundle: Bundle) -> Codec:
         """See `Compression.bind`."""
-        return TopKCodec(bucket, _chosen(self.fraction, len(bucket)), nranks, factor, allocate)
+        return TopKCodec(bundle, _chosen(self.fraction, len(bundle.bucket)))
 
     def volume(self, count: int, shapes: Sequence[Shape], nranks: int) -> float:
         """(p-1) 8 k, with k = the fraction of n, rounded, at least 1, for n numbers and p ranks."""
@@ -394,16 +372,16 @@ class RandomKCodec:
     whole result is NaN, for the places that are sent would most often not show it.
     """
 
-    def __init__(self, bucket: Array, k: int, seed: int, factor: float, allocate: Allocate) -> None:
-        self.bucket = bucket
+    def __init__(self, bundle: Bundle, k: int, seed: int) -> None:
+        self.bucket = bucket = bundle.bucket
         self.k = k
         self.seed = seed
-        self.factor = factor
+        self.factor = bundle.factor
         self.residual = np.zeros(len(bucket), np.float32)
         self.step = np.zeros(1, np.int64)
         self.arrays: dict[str, Array] = {"residual": self.residual, "step": self.step}
         self.indices = np.zeros(k, np.int32)
-        self.values = allocate(k + 1, np.float32)
+        self.values = bundle.allocate(k + 1, np.float32)
         self.stages: list[Stage] = [
             self.compress,
             Exchange("Allreduce", self.values, self.values),
@@ -442,18 +420,9 @@ class RandomK:
         """As `parse` takes it."""
         return f"randomk:{self.fraction}"
 
-    def bind(
-        self,
-        bucket: Array,
-        shapes: Sequence[Shape],
-        offsets: Sequence[int],
-        rank: int,
-        nranks: int,
-        factor: float,
-        allocate: Allocate,
-    ) -> Codec:
+    def bind(self, bundle: Bundle) -> Codec:
         """See `Compression.bind`."""
-        return RandomKCodec(bucket, _chosen(self.fraction, len(bucket)), self.seed, factor, allocate)
+        return RandomKCodec(bundle, _chosen(self.fraction, len(bundle.bucket)), self.seed)
 
     def volume(self, count: int, shapes: Sequence[Shape], nranks: int) -> float:
         """2 (p-1)/p of 4 (k + 1), with k = the fraction of n, rounded, at least 1, for n numbers, p ranks."""
@@ -495,19 +464,11 @@ class PowerSGDCodec:
     A NaN or infinity makes its whole matrix NaN; where a tensor is sent as it is, only the element.
     """
 
-    def __init__(
-        self,
-        bucket: Array,
-        shapes: Sequence[Shape],
-        offsets: Sequence[int],
-        rank: int,
-        seed: int,
-        factor: float,
-        allocate: Allocate,
-    ) -> None:
-        self.bucket = bucket
+    def __init__(self, bundle: Bundle, rank: int, seed: int) -> None:
+        self.bucket = bucket = bundle.bucket
         self.rank = rank
-        self.factor = factor
+        self.factor = bundle.factor
+        shapes, offsets, allocate = bundle.shapes, bundle.offsets, bundle.allocate
         self.residual = np.zeros(len(bucket), np.float32)
         ps_count, qs_count = _factor_counts(shapes, rank)
         ps, qs = allocate(ps_count, np.float32), allocate(qs_count, np.float32)
@@ -620,18 +581,9 @@ class PowerSGD:
         """As `parse` takes it."""
         return f"powersgd:{self.rank}"
 
-    def bind(
-        self,
-        bucket: Array,
-        shapes: Sequence[Shape],
-        offsets: Sequence[int],
-        rank: int,
-        nranks: int,
-        factor: float,
-        allocate: Allocate,
-    ) -> Codec:
+    def bind(self, bundle: Bundle) -> Codec:
         """See `Compression.bind`."""
-        return PowerSGDCodec(bucket, shapes, offsets, self.rank, self.seed, factor, allocate)
+        return PowerSGDCodec(bundle, self.rank, self.seed)
 
     def volume(self, count: int, shapes: Sequence[Shape], nranks: int) -> float:
         """2 (p-1)/p of 4 (sum of r (a + b) over matrices [a, b] + elements of other tensors), with p ranks.

@@ -40,7 +40,7 @@ from mpi4py import MPI
 from mpicoll import tuning
 from mpicoll.calls import AVG
 from mpicoll.communicator import Communicator
-from mpicoll.compression import Codec, Compression, Exchange
+from mpicoll.compression import Bundle, Codec, Compression, Exchange
 from mpicoll.gradients import Gradient, Settings, check, check_agreement, on_all_ranks, parse
 from mpicoll.grouped import Array, Flags, Group, Piece, address, follows, new_bucket, pieces, reduction_tasks
 from mpicoll.kernels.packing import Packing, nonfinite_task, slots
@@ -276,7 +276,7 @@ class GradientSync:
             before, after = [packing.pack_task()], [packing.unpack_task()]
         shapes = [array.shape for array in arrays]
         rank, nranks = self._comm.rank, self._comm.size
-        codec = compression.bind(data, shapes, begins, rank, nranks, self._factor, new_bucket)
+        codec = compression.bind(Bundle(data, shapes, begins, rank, nranks, self._factor, new_bucket))
         self.codecs.append(codec)
         stages = [task for stage in codec.stages for task in self._stage_tasks(stage)]
         if flags is not None:

@@ -50,6 +50,7 @@ from mpicoll.transports.steps import (
     FOLDED,
     FREED,
     GAVE_UP,
+    GENTLE,
     GIVEN_UP,
     ITEM,
     JOB_SIZE,
@@ -65,7 +66,6 @@ from mpicoll.transports.steps import (
     NRANKS,
     OPERATION,
     PIDS,
-    POLLS_BETWEEN_LOOKS,
     QUIET,
     RANK,
     READ_MEMORY,
@@ -88,7 +88,6 @@ from mpicoll.transports.steps import (
 
 PATIENT = 20_000_000  # nanoseconds to wait before Python handles signals
 NOT_FAR = np.iinfo(np.int64).max  # bytes that no block has
-LOOKS = 64  # polls between looks at the clock: they cost as much as a few polls
 FEW_SPINS = 100  # some microseconds: what another rank is about to say is still heard at once
 MARK_AT, MARK_BITS = 44, 19  # where in what is compared a plan's mark is
 NO_STEP = np.iinfo(np.int64).max  # which nobody has published
@@ -213,7 +212,7 @@ class Channel:
         state[[BLOCKS, ARENAS, PIDS]] = [table.ctypes.data for table in self._tables]
         state[[TIME, NAP, VECTORS]] = self.address + 8 * (np.array([TIME, NAP, VECTORS]) + 1)
         state[COSTS] = _costs.ctypes.data
-        state[NAP + 2] = NAP_LENGTH
+        state[NAP + 2], state[DROWSY] = NAP_LENGTH, sizes.drowsy
         self.hurry(True)
         for slot, address in _functions().items():
             state[slot] = address
@@ -294,11 +293,9 @@ class Channel:
 
     def hurry(self, hurried: bool) -> None:
         """How to wait from now on: as is quickest, or leaving the core to a program that computes on it."""
-        self.state[SPINS], self.state[DROWSY] = self.sizes.spins, self.sizes.drowsy
-        self.state[POLLS_BETWEEN_LOOKS] = LOOKS
-        if not hurried and not self.sizes.alone:
-            self.state[SPINS], self.state[DROWSY] = FEW_SPINS, 0
-            self.state[POLLS_BETWEEN_LOOKS] = 1
+        gently = not hurried and not self.sizes.alone
+        self.state[GENTLE] = gently
+        self.state[SPINS] = FEW_SPINS if gently else self.sizes.spins
 
     @property
     def reads_foreign_memory(self) -> bool:

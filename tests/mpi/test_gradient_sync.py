@@ -676,7 +676,7 @@ def test_compressed_gradients_are_right_on_average(transport: str, compression: 
                 wanted = summed(i, mean.shape, 0) / SIZE
                 # What is missing at the end is of the size of the ranks' gradients, whose mean may be small.
                 size = max(np.linalg.norm(given(rank, i, mean.shape, 0)) for rank in range(SIZE))
-                assert np.linalg.norm(mean - wanted) <= 0.3 * size, (layout, i)
+                assert np.linalg.norm(mean - wanted) <= 0.4 * size, (layout, i)
 
 
 @pytest.mark.parametrize("compression", COMPRESSIONS, ids=lambda compression: compression.name)

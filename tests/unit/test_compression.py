@@ -13,6 +13,7 @@ import pytest
 
 from mpicoll.compression import (
     BFloat16,
+    Bundle,
     Codec,
     Compression,
     Exchange,
@@ -59,7 +60,7 @@ class Job:
         self.count = sum(sizes)
         self.buckets = [np.zeros(self.count, np.float32) for _ in range(nranks)]
         self.codecs: list[Codec] = [
-            self.compression.bind(bucket, shapes, self.offsets, rank, nranks, factor, np.zeros)
+            self.compression.bind(Bundle(bucket, shapes, self.offsets, rank, nranks, factor, np.zeros))
             for rank, bucket in enumerate(self.buckets)
         ]
 
