@@ -28,7 +28,8 @@ def comm(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Any
     def refuse(*args: Any) -> None:
         raise AssertionError("16-bit floats travel as float32")
 
-    monkeypatch.setattr(calls, "_widen", refuse)
+    if SIZE > 1:  # or nothing travels
+        monkeypatch.setattr(calls, "_widen", refuse)
     made = on_nodes(TWO) if request.param == "nodes" else mpicoll.Communicator(WORLD, transport=request.param)
     yield made
     made.Free()
