@@ -116,6 +116,11 @@ class CallMaker:
         self._algorithm = algorithm
         self._plans = _Plans()
 
+    @property
+    def on_one_node(self) -> bool:
+        """Whether all ranks share memory."""
+        return self._channel is not None
+
     def release(self, call: Call) -> None:
         """Keep the plan of a completed call for the next one like it."""
         self._plans.put(call.key, call.plan)

@@ -123,8 +123,10 @@ class GradientSync:
       ranks, with the gradient's name and the rank), or "skip" (`wait` returns false on all ranks).
     - ``unused``: what a gradient does that was not ready before `wait`: "raise" (RuntimeError on all ranks),
       or "zero" (it counts as zeros).
-    - ``overlap``: whether a thread communicates beside the program. Where gradients travel in messages this
-      takes MPI_THREAD_MULTIPLE; without it `wait` does all.
+    - ``overlap``: whether a thread communicates beside the program; else `wait` does all. By default it does
+      between nodes, and on one node if there are two cores for each rank: in shared memory communication is
+      work for a core, which a program that computes on it cannot spare. Set it where a device computes.
+      Where gradients travel in messages it takes MPI_THREAD_MULTIPLE.
     - ``algorithm``: of the allreduce, as for ``comm.Allreduce``.
 
     After an error of the communication (a rank that has ended, see `mpicoll.faults`) make a new one.
@@ -145,7 +147,7 @@ class GradientSync:
         order: Sequence[int] | None = None,
         nonfinite: str = "pass",
         unused: str = "raise",
-        overlap: bool = True,
+        overlap: bool | None = None,
         algorithm: str | None = None,
     ) -> None:
         with on_all_ranks(comm):
@@ -166,9 +168,10 @@ class GradientSync:
         self._comm = comm if isinstance(comm, Communicator) else Communicator(comm)
         self._frees_comm = self._comm is not comm
         self._factor = self._settings.scale / comm.size if average else self._settings.scale
-        self._overlap = overlap and comm.size > 1
         self._synchronises = True
         self._series = self._comm.series()
+        overlaps = self._series.has_spare_cores if overlap is None else overlap
+        self._overlap = overlaps and comm.size > 1
         self._lay_out(parsed)
 
     # -- setting up
@@ -237,7 +240,7 @@ class GradientSync:
         self._bucket_of = {i: b for b, bucket in enumerate(self.buckets) for i in bucket.members}
         threaded = self._overlap and self._series.may_have_a_thread()
         keep = (list(self._series.calls), self.gradients, self._problems, self._agreed)
-        self._queue = TaskQueue(tasks, keep, threaded, self._series.hurry, self._series.give_up)
+        self._queue = TaskQueue(tasks, keep, threaded, self._series.give_up)
         self._begin_step()
 
     def _bucket_tasks(self, bucket: Bucket, flags: Flags | None) -> tuple[list[Task], tuple[int, ...]]:

@@ -235,7 +235,7 @@ class ManyCalls:
             reduce = partial(reduction_tasks, self._series, op=op, algorithm=algorithm, mark=layout)
             tasks += Group(views, parts, dtype, least).tasks(reduce)
         calls, self._series.calls = self._series.calls, []
-        return TaskQueue(tasks, calls, False, self._series.hurry, self._series.give_up)
+        return TaskQueue(tasks, calls, False, self._series.give_up)
 
 
 _look = attrgetter("dtype", "size", "flags.num", "ctypes.data")

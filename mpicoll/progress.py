@@ -154,9 +154,8 @@ class TaskQueue:
 
     ``keep`` is what else they use. ``threaded``: whether a thread does them beside the program; without one
     `finish` does them all. What a task keeps may have ``check()``, called while it waits for long, and
-    ``fail(result)``, which raises what its result means. ``hurry(True)`` is called when the program itself
-    begins to work on the tasks, and ``hurry(False)`` when it is through; ``give_up(error)`` when the tasks
-    are not gone on with.
+    ``fail(result)``, which raises what its result means. ``give_up(error)`` is called when the tasks are not
+    gone on with.
     """
 
     def __init__(
@@ -164,7 +163,6 @@ class TaskQueue:
         tasks: Sequence[Task],
         keep: Any,
         threaded: bool,
-        hurry: Callable[[bool], None],
         give_up: Callable[[BaseException], None],
     ) -> None:
         self._tasks, self._keep = tuple(tasks), keep
@@ -176,7 +174,7 @@ class TaskQueue:
         for semaphore in (WORK, GIVEN):
             _libc().sem_init(ctypes.c_void_p(self._address + 8 * semaphore), 0, 0)
         self._threaded = threaded
-        self._hurry, self._give_up = hurry, give_up
+        self._give_up = give_up
         self._thread: threading.Thread | None = None
         self._ended = ""  # why nothing can be done any more
         self._stop = weakref.finalize(self, _stop, self._address, state)
@@ -196,8 +194,6 @@ class TaskQueue:
         _release.ctypes(self._address, len(self._tasks), False)
         try:
             self._take_over()
-            if self._threaded:
-                self._hurry(True)
             while (result := _work.ctypes(self._address, PATIENT)) == PENDING:
                 self._ask("check")
             if result != DONE:
@@ -206,8 +202,6 @@ class TaskQueue:
             self._ended = f"it has been broken off by {type(error).__name__}: {error}"
             self._give_up(error)
             raise
-        if self._threaded:
-            self._hurry(False)
         self._state[NEXT] = self._state[RELEASED] = 0
         _let_go.ctypes(self._address)
 

@@ -250,10 +250,10 @@ class Series:
         calls_mpi = any(call.plan.tagged for call in self.calls)
         return not calls_mpi or MPI.Query_thread() == MPI.THREAD_MULTIPLE
 
-    def hurry(self, hurried: bool) -> None:
-        """See `Channel.hurry`."""
-        if self.channel is not None:
-            self.channel.hurry(hurried)
+    @property
+    def has_spare_cores(self) -> bool:
+        """Whether a thread beside the program has a core to itself, or mostly waits for the network."""
+        return self.channel is None or self.channel.sizes.alone or not self.maker.on_one_node
 
     def give_up(self, error: BaseException) -> None:
         """The other ranks of the node learn that nothing more comes from this one."""

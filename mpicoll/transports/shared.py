@@ -50,7 +50,6 @@ from mpicoll.transports.steps import (
     FOLDED,
     FREED,
     GAVE_UP,
-    GENTLE,
     GIVEN_UP,
     ITEM,
     JOB_SIZE,
@@ -88,7 +87,6 @@ from mpicoll.transports.steps import (
 
 PATIENT = 20_000_000  # nanoseconds to wait before Python handles signals
 NOT_FAR = np.iinfo(np.int64).max  # bytes that no block has
-FEW_SPINS = 100  # some microseconds: what another rank is about to say is still heard at once
 MARK_AT, MARK_BITS = 44, 19  # where in what is compared a plan's mark is
 NO_STEP = np.iinfo(np.int64).max  # which nobody has published
 
@@ -207,13 +205,12 @@ class Channel:
         state[RANK], state[NRANKS], state[NEXT] = self.rank, self.nranks, 1
         state[SLOT], state[RING] = sizes.slot, sizes.ring
         state[SMALL], state[QUIET], state[FAR] = sizes.small, sizes.quiet, sizes.far
-        state[LARGE] = sizes.large
+        state[LARGE], state[SPINS] = sizes.large, sizes.spins
         state[SCRATCH] = self._scratch.ctypes.data
         state[[BLOCKS, ARENAS, PIDS]] = [table.ctypes.data for table in self._tables]
         state[[TIME, NAP, VECTORS]] = self.address + 8 * (np.array([TIME, NAP, VECTORS]) + 1)
         state[COSTS] = _costs.ctypes.data
         state[NAP + 2], state[DROWSY] = NAP_LENGTH, sizes.drowsy
-        self.hurry(True)
         for slot, address in _functions().items():
             state[slot] = address
 
@@ -290,12 +287,6 @@ class Channel:
         self.comm.Barrier()  # others may still be reading what this rank has brought in
         self._release_twins()
         _in_use.discard(self)
-
-    def hurry(self, hurried: bool) -> None:
-        """How to wait from now on: as is quickest, or leaving the core to a program that computes on it."""
-        gently = not hurried and not self.sizes.alone
-        self.state[GENTLE] = gently
-        self.state[SPINS] = FEW_SPINS if gently else self.sizes.spins
 
     @property
     def reads_foreign_memory(self) -> bool:

@@ -73,8 +73,6 @@ DROWSY = 39  # nanoseconds of waiting after which a rank sleeps between polls
 BROKEN = 34  # whether no further call is possible
 BRINGS = 35  # how often something large has been brought in
 COSTS = 36  # address of two numbers: time per byte of doing so through the caches, and past them
-GENTLE = 37  # whether who waits leaves the core to a program that computes there
-CONTENDED = 38  # until when the core is thought to be wanted by others: nanoseconds of the clock
 CHANNEL_SIZE = 40
 
 # -- a job's state: one collective call.
@@ -152,8 +150,6 @@ TRIED_ONCE_IN = 8  # measurements, one is of the way that has seemed to be the s
 
 FOLDED = 16 << 10  # bytes that are reduced over all ranks before the next: they stay in the first-level cache
 POLLS_BETWEEN_LOOKS = 64  # at the clock
-LONG_YIELD = 20_000  # nanoseconds: with nobody else there a yield takes less than one thousand
-CONTENDED_FOR = 20_000_000  # nanoseconds after which it is tried again: some time slices
 NAP_LENGTH = 1000  # nanoseconds; the system makes some fifty thousand of it
 
 
@@ -200,10 +196,6 @@ def _poll(c, line, step, patience):  # type: ignore[no-untyped-def]
     began = read_clock(c[CLOCK], c[TIME])
     polls = 0
     while load_acquire(line) < step:
-        if c[GENTLE] != 0:
-            if _give_way(c) - began >= patience:
-                return False
-            continue
         call(c[YIELD], ())
         polls += 1
         if polls % POLLS_BETWEEN_LOOKS == 0:
@@ -214,24 +206,6 @@ def _poll(c, line, step, patience):  # type: ignore[no-untyped-def]
                 # Yielding on and on, a rank may be passed over for milliseconds; woken up, it runs at once.
                 call(c[SLEEP], (c[NAP], types.int64(0)))
     return True
-
-
-@njit(nogil=True)
-def _give_way(c):  # type: ignore[no-untyped-def]
-    """Let others have the core; what time it is then.
-
-    A yield that takes long shows that they want it. Then sleeping is better, for who wakes up is let in at
-    once, while who yields waits for the end of the others' time slice.
-    """
-    now = read_clock(c[CLOCK], c[TIME])
-    if now < c[CONTENDED]:
-        call(c[SLEEP], (c[NAP], types.int64(0)))
-        return now
-    call(c[YIELD], ())
-    later = read_clock(c[CLOCK], c[TIME])
-    if later - now >= LONG_YIELD:
-        c[CONTENDED] = later + CONTENDED_FOR
-    return later
 
 
 @njit(nogil=True)

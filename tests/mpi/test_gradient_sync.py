@@ -22,6 +22,7 @@ import mpicoll
 from mpicoll import GradientSync, algorithms
 from mpicoll.compression import BFloat16, Compression, Float16, Int8, PowerSGD, RandomK, TopK
 from mpicoll.faults import RankFailedError
+from mpicoll.requests import Series
 from mpicoll.transports import shared
 
 from .examples import Array, data, total
@@ -42,6 +43,13 @@ SHAPES: list[tuple[int, ...]] = [(), (3,), (0,), (5, 7), (1,), (2, 3, 4), (20_00
 SMALL: list[tuple[int, ...]] = [(3,), (), (5, 2), (0,), (9,)]
 BUCKETS = (1, 300, HUGE)  # bytes: a bucket for each gradient, a few together, one for all
 TRANSPORTS = ["shared", "messages", pytest.param("nodes", marks=needs_nodes)]
+
+
+@pytest.fixture(autouse=True)
+def spare_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a thread take part wherever a test does not say otherwise, however few cores there are."""
+    monkeypatch.setattr(Series, "has_spare_cores", True)
+
 
 several_ranks = pytest.mark.skipif(SIZE == 1, reason="needs another rank")
 

@@ -25,7 +25,7 @@ SHAPES = [(200_000,), (3,), (40, 30), (), (70_000,), (500,)]
 kind = {kind!r}
 made = [np.zeros(shape, np.float32) for shape in SHAPES] if kind == "arrays" else SHAPES
 compression = Int8() if kind == "compressed" else None
-sync = mpicoll.GradientSync(comm, made, bucket_bytes=4000, compression=compression)
+sync = mpicoll.GradientSync(comm, made, bucket_bytes=4000, compression=compression, overlap=True)
 
 def steps(turns):
     own = random.Random(rank)
@@ -203,7 +203,7 @@ steps(2)
 sync.close()
 if rank == victim:
     Int8.bind = lambda *args: type("Codec", (), {"stages": [fail]})()
-sync = mpicoll.GradientSync(comm, SHAPES, compression=Int8())
+sync = mpicoll.GradientSync(comm, SHAPES, compression=Int8(), overlap=True)
 try:
     steps(1)
 except BaseException as error:

@@ -94,11 +94,10 @@ class Calls:
     """What a queue has called."""
 
     def __init__(self) -> None:
-        self.hurried: list[bool] = []
         self.given_up: list[BaseException] = []
 
     def queue(self, tasks: Sequence[Task], threaded: bool) -> TaskQueue:
-        return TaskQueue(tasks, None, threaded, self.hurried.append, self.given_up.append)
+        return TaskQueue(tasks, None, threaded, self.given_up.append)
 
 
 def until(condition: Callable[[], bool]) -> None:
@@ -276,17 +275,6 @@ def test_a_program_that_waits_gets_the_tasks_at_once() -> None:
     queue.close()
 
 
-def test_who_waits_hurries() -> None:
-    calls = Calls()
-    queue = calls.queue(Log().tasks(2), threaded=True)
-    queue.release(1)
-    assert calls.hurried == []
-    for step in range(1, 3):
-        queue.finish()
-        assert calls.hurried == [True, False] * step
-    queue.close()
-
-
 # -- errors
 
 
@@ -415,7 +403,7 @@ def test_memory_is_given_back(used: bool) -> None:
 
     memory: Any = Memory()
     reference, log = weakref.ref(memory), Log()
-    queue = TaskQueue([*log.tasks(2)], memory, True, Calls().hurried.append, Calls().given_up.append)
+    queue = TaskQueue([*log.tasks(2)], memory, True, Calls().given_up.append)
     if used:
         queue.release(1)
         queue.finish()
