@@ -51,7 +51,7 @@ class Setup:
 
     def __init__(self, comm: Communicator, shapes: Sequence[Shape], bucket_bytes: int | None) -> None:
         self.comm = comm
-        self.library = MPI.Intracomm(comm)
+        self.native = MPI.Intracomm(comm)
         self.shapes = shapes
         self.bucket_bytes = bucket_bytes
         self.counts = counts(shapes)
@@ -89,7 +89,7 @@ class Setup:
 
 def contenders(setup: Setup) -> Iterator[Contender]:
     """Everyone; collective."""
-    comm, library, gradients = setup.comm, setup.library, setup.allocate()
+    comm, library, gradients = setup.comm, setup.native, setup.allocate()
     flat = np.empty(setup.total, np.float32)
     known = setup.sent_by_a_ring()
     exact = partial(_exact, setup, gradients)
@@ -165,8 +165,8 @@ def _compressed(setup: Setup, name: str) -> Contender:
 def _count_lost(setup: Setup, sync: GradientSync) -> int:
     """Elements of which, after the first step, result and residuals are not all ranks' gradients."""
     held, expected = _held(sync, setup.counts), setup.random.copy()
-    setup.library.Allreduce(MPI.IN_PLACE, held)
-    setup.library.Allreduce(MPI.IN_PLACE, expected)
+    setup.native.Allreduce(MPI.IN_PLACE, held)
+    setup.native.Allreduce(MPI.IN_PLACE, expected)
     held += np.concatenate([gradient.ravel() for gradient in sync.gradients])
     tolerance = TOLERANCE * setup.comm.size
     return int(np.count_nonzero(~np.isclose(held, expected, tolerance, tolerance)))

@@ -119,7 +119,7 @@ def _measure(comm: Communicator, options: Options) -> Facts:
     rows = [_checked(setup, contender) for contender in found]
     say(comm, f"measuring: {options.repeat} steps of {len(found)} contenders")
     steps = [(contender, contender.run) for contender in [*found, memcpy(setup)]]
-    *seconds, copying = take_turns(setup.library, steps, options.repeat)
+    *seconds, copying = take_turns(setup.native, steps, options.repeat)
     for row, each in zip(rows, seconds, strict=True):
         row |= {"time": each * 1e6, "alg_bw": setup.nbytes / each / 1e9}
     say(comm, f"measuring: {options.repeat} backward passes of each kind")
@@ -142,7 +142,7 @@ def _checked(setup: Setup, contender: Contender) -> Facts:
     """A contender's first step; what is known of it then, on all ranks together."""
     contender.fill()
     contender.run()
-    wrong = setup.library.allreduce(contender.count_wrong())
+    wrong = setup.native.allreduce(contender.count_wrong())
     return {"name": contender.name, "nwrong": wrong, "sent": contender.sent}
 
 
@@ -150,7 +150,7 @@ def _overlap(setup: Setup, overlapping: Contender, alone: float, repeat: int) ->
     """``alone``: seconds of a step without a backward pass, which the passes take as long as."""
     waiting = views(setup, overlap=False)
     shares = np.array(setup.counts) / setup.total
-    found = measure_overlap(setup.library, overlapping, waiting, shares, alone, repeat)
+    found = measure_overlap(setup.native, overlapping, waiting, shares, alone, repeat)
     assert waiting.sync is not None
     waiting.sync.close()
     return [_overlap_row(passes) for passes in found]

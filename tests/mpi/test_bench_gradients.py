@@ -112,7 +112,7 @@ def test_backward_passes_take_the_time_they_are_made_for() -> None:
     both = views(setup), views(setup, overlap=False)
     shares = np.array(setup.counts) / setup.total
     seconds = 0.02
-    found = measure_overlap(setup.library, *both, shares, seconds, repeat=1)
+    found = measure_overlap(setup.native, *both, shares, seconds, repeat=1)
     assert [passes.name for passes in found] == ["on a device", "on the core", "on the core, matrices"]
     for passes in found[:2]:  # how long products take depends on who else computes
         assert passes.alone > 0.99 * seconds
