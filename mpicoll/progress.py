@@ -177,7 +177,8 @@ class TaskQueue:
         self._give_up = give_up
         self._thread: threading.Thread | None = None
         self._ended = ""  # why nothing can be done any more
-        self._stop = weakref.finalize(self, _stop, self._address, state)
+        owned = (state, self._table, self._tasks, keep)
+        self._stop = weakref.finalize(self, _stop, self._address, state, owned)
         self._stop.atexit = False
 
     def release(self, end: int, wake: bool = True) -> None:
@@ -247,6 +248,12 @@ class TaskQueue:
             getattr(self._tasks[index].keep, method)(*args)
 
 
-def _stop(address: int, state: Any) -> None:
+# What tasks use that were dropped half-way: other ranks, or MPI, may still write into it.
+_abandoned: list[Any] = []
+
+
+def _stop(address: int, state: Any, owned: Any) -> None:
+    if state[NEXT] < state[RELEASED]:
+        _abandoned.append(owned)
     state[STOP] = state[WANTED] = 1
     _release.ctypes(address, 0, True)

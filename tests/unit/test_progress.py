@@ -412,3 +412,18 @@ def test_memory_is_given_back(used: bool) -> None:
     del queue
     gc.collect()
     until(lambda: reference() is None)
+
+
+def test_memory_of_a_step_that_is_dropped_half_way_stays() -> None:
+    """Other ranks, or MPI, may still write into it; that of a complete step is given back."""
+    for released, stays in ((0, False), (1, True)):
+        memory = np.zeros(1)
+        gone = weakref.ref(memory)
+        gate = Gate()
+        queue = TaskQueue([gate.task], memory, True, Calls().given_up.append)
+        if released:
+            queue.release(1)
+        del queue, memory
+        gc.collect()
+        assert (gone() is not None) is stays
+        gate.open()
