@@ -123,9 +123,12 @@ class Group:
         self, arrays: Sequence[Array], parts: Sequence[Piece], travels: np.dtype[Any], least: int
     ) -> None:
         cast = any(part.data.dtype != travels for part in parts)
-        self.loose = [] if cast else [p for p in parts if len(parts) == 1 or p.data.nbytes >= least]
-        loose = [i for part in self.loose for i in part.members]
-        packed = [i for part in parts if part not in self.loose for i in part.members]
+        self.loose: list[Piece] = []
+        rest: list[Piece] = []
+        for part in parts:
+            alone = not cast and (len(parts) == 1 or part.data.nbytes >= least)
+            (self.loose if alone else rest).append(part)
+        loose, packed = ([i for part in some for i in part.members] for some in (self.loose, rest))
         self.members = (*loose, *packed)
         self._loose, self._packed = ([arrays[i] for i in numbers] for numbers in (loose, packed))
         count = slots([array.size for array in self._packed], travels.itemsize)[1]

@@ -181,7 +181,7 @@ class MessagePlan:
         state[REQUESTS], state[STRIDE] = self._requests.ctypes.data, stride
         state[COMM], state[BYTE] = _handle(comm), _handle(MPI.BYTE)
         state[REDUCE_KERNEL], state[SCALE_KERNEL] = kernel, scale
-        state[FACTOR : FACTOR + 1].view(np.float64)[0] = 1 / comm.Get_size()
+        self.set_factor(1 / comm.Get_size())
         state[SPINS] = spins
         for slot, address in _functions().items():
             state[slot] = address

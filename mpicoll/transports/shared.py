@@ -347,7 +347,7 @@ class SharedPlan:
         self._tables = aligned_zeros(len(TABLES) * channel.nranks).reshape(len(TABLES), channel.nranks)
         words[CHANNEL] = channel.address
         words[list(TABLES)] = [table.ctypes.data for table in self._tables]
-        words[FACTOR : FACTOR + 1].view(np.float64)[0] = 1 / channel.nranks
+        self.set_factor(1 / channel.nranks)
         words[OPERATION], words[ITEM] = reduction.number, reduction.item
         words[FIRST], words[FOLD] = reduction.first, reduction.fold
         words[AVERAGE], words[NARROW] = reduction.average, reduction.narrow
