@@ -15,11 +15,13 @@ from dataclasses import asdict
 from typing import Any
 
 import click
+from click.core import ParameterSource
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
 from mpicoll import algorithms
+from mpicoll.reproducible import OrderProof, verify_orders
 from mpicoll.schedule import COLLECTIVES
 from mpicoll.verify import Row, ScheduleError, rank_list, verify, verify_all
 
@@ -80,9 +82,20 @@ def main() -> None:
     show_default=True,
     help="Rank counts to verify at; every root up to 33 ranks, four roots beyond.",
 )
+@click.option(
+    "--shards",
+    metavar="N",
+    type=click.IntRange(1, MAX_RANKS),
+    help="Prove that sums of N shards have the same order at all rank counts; for allreduce.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
 def verify_command(
-    collective: str | None, algorithm: str | None, everything: bool, ranks: list[int], as_json: bool
+    collective: str | None,
+    algorithm: str | None,
+    everything: bool,
+    ranks: list[int],
+    shards: int | None,
+    as_json: bool,
 ) -> None:
     """Prove that algorithms compute their collective, symbolically and without MPI.
 
@@ -95,16 +108,24 @@ def verify_command(
 
     For one algorithm at one number of ranks (up to 16) the order of the sums is shown, too.
 
+    With --shards, the proof is of what reproducible training does: every algorithm, at every number of ranks,
+    adds N shards by one and the same tree, to the same bits. The table shows what that costs.
+
     \b
     Examples:
       mpicoll verify --all
       mpicoll verify allreduce --algorithm rabenseifner --ranks 6
       mpicoll verify broadcast --ranks 1-16,100 --json
+      mpicoll verify allreduce --shards 8 --ranks 1-8
     """
     _check_selection(collective, algorithm, everything)
+    if shards is not None:
+        _verify_order(shards, collective, algorithm, _at_most(shards, ranks), as_json)
+        return
     started = time.perf_counter()
     try:
-        rows = _verify_with_progress(ranks, collective, algorithm)
+        with _Progress() as progress:
+            rows = verify_all(ranks, None if collective is None else [collective], algorithm, progress.show)
     except ScheduleError as error:
         _report_failure(error, as_json)
         sys.exit(1)
@@ -140,14 +161,70 @@ def _check_selection(collective: str | None, algorithm: str | None, everything: 
         raise click.BadParameter(str(error).removeprefix("algorithm: "), param_hint="--algorithm") from None
 
 
-def _verify_with_progress(ranks: list[int], collective: str | None, algorithm: str | None) -> list[Row]:
-    with Progress(console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task("verifying", total=None)
+class _Progress(Progress):
+    """A bar on stderr that is gone when it is done."""
 
-        def show(done: int, total: int) -> None:
-            progress.update(task, completed=done, total=total)
+    def __init__(self) -> None:
+        super().__init__(console=Console(stderr=True), transient=True)
+        self.task = self.add_task("verifying", total=None)
 
-        return verify_all(ranks, None if collective is None else [collective], algorithm, show)
+    def show(self, done: int, total: int) -> None:
+        self.update(self.task, completed=done, total=total)
+
+
+def _at_most(shards: int, ranks: list[int]) -> list[int]:
+    """The rank counts to prove an order at: of the option's default, those with a shard for every rank."""
+    few = [nranks for nranks in ranks if nranks <= shards]
+    asked = click.get_current_context().get_parameter_source("ranks") != ParameterSource.DEFAULT
+    if asked and few != ranks:
+        many = rank_list(ranks[len(few) :])
+        raise click.BadParameter(
+            f"expected at most as many ranks as shards ({shards}), got {many}", param_hint="--ranks"
+        )
+    return few
+
+
+def _verify_order(
+    shards: int, collective: str | None, algorithm: str | None, ranks: list[int], as_json: bool
+) -> None:
+    if collective != "allreduce":
+        given = "--all" if collective is None else collective
+        raise click.BadParameter(f"expected only together with allreduce; got {given}", param_hint="--shards")
+    started = time.perf_counter()
+    try:
+        with _Progress() as progress:
+            proofs = verify_orders(shards, ranks, algorithm, progress.show)
+    except ScheduleError as error:
+        _report_failure(error, as_json)
+        sys.exit(1)
+    seconds = time.perf_counter() - started
+    order = proofs[0].order
+    if as_json:
+        rows = [{name: n for name, n in asdict(proof).items() if name != "order"} for proof in proofs]
+        click.echo(json.dumps({"ok": True, "seconds": seconds, "results": rows, "order": order}, indent=2))
+        return
+    _print_orders(proofs)
+    proved = f"{len(proofs)} schedules proved to add {shards} shards in one order"
+    click.echo(f"{proved} at {rank_list(ranks)} ranks in {seconds:.1f} s")
+    if shards <= ORDER_UP_TO:
+        click.echo(f"the order of all: {order}")
+
+
+def _print_orders(proofs: list[OrderProof]) -> None:
+    """One line for each algorithm, whatever the number of rank counts."""
+    table = Table(caption="vectors that one rank sends, the most at any rank count")
+    for heading in ("algorithm", "ranks", "rounds", "any order", "one order"):
+        table.add_column(heading, no_wrap=True, justify="left" if heading == "algorithm" else "right")
+    for name in dict.fromkeys(proof.algorithm for proof in proofs):
+        own = [proof for proof in proofs if proof.algorithm == name]
+        table.add_row(
+            name,
+            rank_list([proof.nranks for proof in own]),
+            str(max(proof.rounds for proof in own)),
+            f"{max(proof.plain / proof.nchunks for proof in own):.2f}",
+            f"{max(proof.volume / proof.nchunks for proof in own):.2f}",
+        )
+    Console().print(table)
 
 
 def _report_failure(error: ScheduleError, as_json: bool) -> None:

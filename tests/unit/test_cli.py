@@ -109,6 +109,43 @@ def test_json_holds_a_row_for_every_rank_count_and_the_orders() -> None:
     assert [row["nranks"] for row in rows if row["algorithm"] == "bruck"] == [1, 2, 3, 9]
 
 
+def test_shards_are_added_in_one_order_by_every_algorithm_at_every_rank_count() -> None:
+    result = call("verify", "allreduce", "--shards", "6", "--ranks", "2-6")
+    assert result.exit_code == 0
+    assert all(name in result.stdout for name in algorithms.names("allreduce"))
+    assert "30 schedules proved to add 6 shards in one order at 2-6 ranks" in result.stdout
+    assert "the order of all: (((0+1)+(2+3))+(4+5))" in result.stdout
+
+
+def test_the_order_of_shards_as_json() -> None:
+    options = ["--shards", "3", "--algorithm", "two_shot", "--ranks", "2", "--json"]
+    report = json.loads(call("verify", "allreduce", *options).stdout)
+    assert report.pop("seconds") > 0
+    # Rank 1 has the shards 1 and 2, no siblings: half a vector of each, then the half it has summed.
+    row = {
+        "algorithm": "two_shot",
+        "nranks": 2,
+        "nshards": 3,
+        "rounds": 2,
+        "nchunks": 2,
+        "volume": 3,
+        "plain": 2,
+    }
+    assert report == {"ok": True, "results": [row], "order": "((0+1)+2)"}
+
+
+def test_without_a_list_of_ranks_there_are_at_most_as_many_as_shards() -> None:
+    rows = json.loads(call("verify", "allreduce", "--shards", "5", "--json").stdout)["results"]
+    assert {row["nranks"] for row in rows} == {1, 2, 3, 4, 5}
+
+
+def test_a_wrong_schedule_has_no_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(algorithms.ALGORITHMS["allreduce"], "ring", broken_ring)
+    result = call("verify", "allreduce", "--shards", "4", "--ranks", "3")
+    assert result.exit_code == 1
+    assert "ring allreduce on 3 ranks: no round, no transfer: chunk 0 of rank 0 is not" in result.stderr
+
+
 def test_a_wrong_schedule_ends_with_status_1_and_the_place(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(algorithms.ALGORITHMS["allreduce"], "ring", broken_ring)
     result = call("verify", "allreduce", "--algorithm", "ring", "--ranks", "3", "--json")
@@ -137,6 +174,13 @@ def test_a_wrong_schedule_ends_with_status_1_and_the_place(monkeypatch: pytest.M
         ([], "expected either a COLLECTIVE or --all; got neither"),
         (["reduce", "--all"], "expected either a COLLECTIVE or --all; got both 'reduce' and --all"),
         (["--all", "--algorithm", "ring"], "--algorithm: expected only together with a COLLECTIVE"),
+        (["reduce", "--shards", "4"], "--shards: expected only together with allreduce; got reduce"),
+        (["--all", "--shards", "4"], "--shards: expected only together with allreduce; got --all"),
+        (["allreduce", "--shards", "0"], "'--shards': 0 is not in the range 1<=x<=100000"),
+        (
+            ["allreduce", "--shards", "4", "--ranks", "3-9"],
+            "--ranks: expected at most as many ranks as shards (4), got 5-9",
+        ),
     ],
 )
 def test_bad_input_names_the_option_and_what_is_allowed(arguments: list[str], message: str) -> None:
