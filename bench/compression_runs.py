@@ -10,20 +10,16 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from math import fsum
 from statistics import fmean
 from typing import Any
 
 import click
 import numpy as np
-from threadpoolctl import threadpool_limits
 
-from mpicoll import Communicator, GradientSync
+from mpicoll import Communicator
 from mpicoll.compression import parse
-from mpicoll.grouped import new_bucket
 from mpicoll.train import (
     SGD,
-    AllreduceStrategy,
     Dataset,
     InputError,
     Trainer,
@@ -32,12 +28,10 @@ from mpicoll.train import (
     perceptron,
     read_digits,
     share,
-    softmax_cross_entropy,
 )
-from mpicoll.train.cli import blas_threads
-from mpicoll.train.data import split
-from mpicoll.train.readers import scaled
+from mpicoll.train.data import scaled, split
 from mpicoll.train.seeds import random_stream
+from mpicoll.train.strategies import Allreduce
 
 from . import compression_options
 from .compression_options import Options, check_plot
@@ -159,8 +153,7 @@ def measure(
 
     Raises `InputError`, on all ranks, where data are missing.
     """
-    with threadpool_limits(blas_threads(comm), user_api="blas"):
-        return [_outcome(comm, task, methods, epochs or task.epochs, seeds) for task in tasks]
+    return [_outcome(comm, task, methods, epochs or task.epochs, seeds) for task in tasks]
 
 
 def _outcome(
@@ -172,9 +165,10 @@ def _outcome(
         data = _data(comm, task, seed)
         for method in methods:
             say(comm, f"{task.name}, {method.name}, seed {seed} ({number} of {len(seeds)})")
-            strategy = _strategy(comm, task, method, data, seed)
-            accuracies[method.name].append(_accuracy(comm, task, strategy, data, epochs, seed))
-            sent[method.name] = bytes_sent(strategy.sync, method, comm.size)
+            trainer = _trainer(comm, task, method, data, seed)
+            parameters, sent[method.name] = trainer.parameter_count(), bytes_sent(trainer)
+            accuracies[method.name].append(_accuracy(trainer, epochs))
+            trainer.close()
     rows = [
         Row(
             method.name,
@@ -185,7 +179,6 @@ def _outcome(
         )
         for method in methods
     ]
-    parameters = strategy.model.parameters.size
     return Outcome(task.name, parameters, len(data.train_x), len(data.test_x), task.batch_size, epochs, rows)
 
 
@@ -196,35 +189,34 @@ def _data(comm: Communicator, task: Task, seed: int) -> Dataset:
     return share(comm, held[0] if held else None)
 
 
-def _strategy(comm: Communicator, task: Task, method: Method, data: Dataset, seed: int) -> AllreduceStrategy:
-    model = perceptron(data.inputs, task.hidden, data.outputs, seed, allocate=new_bucket)
-    optimizer = SGD(model.parameters, task.learning_rate * method.shorter)
-    return AllreduceStrategy(comm, model, optimizer, bucket_bytes=BUCKET_BYTES, **method.options)
+def _trainer(comm: Communicator, task: Task, method: Method, data: Dataset, seed: int) -> Trainer:
+    return Trainer(
+        comm,
+        perceptron(data.inputs, task.hidden, data.outputs),
+        data,
+        optimizer=SGD(momentum=0.9),
+        learning_rate=task.learning_rate * method.shorter,
+        strategy=Allreduce.name,
+        options={"bucket_bytes": BUCKET_BYTES, **method.options},
+        batch_size=task.batch_size,
+        seed=seed,
+    )
 
 
-def _accuracy(
-    comm: Communicator, task: Task, strategy: AllreduceStrategy, data: Dataset, epochs: int, seed: int
-) -> float | None:
+def _accuracy(trainer: Trainer, epochs: int) -> float | None:
     """The mean after each of the last epochs; None if the loss became no number.
 
     Raises RuntimeError, on all ranks, if their parameters have come to differ.
     """
-    trainer = Trainer(comm, strategy.model, softmax_cross_entropy, data, strategy, task.batch_size, seed)
-    with strategy.sync:
-        try:
-            history = trainer.train(epochs)
-        except InputError:
-            return None
-    parameters_sha256(comm, strategy.model)
+    try:
+        history = trainer.train(epochs)
+    except InputError:
+        return None
+    parameters_sha256(trainer)
     return fmean(epoch.test_accuracy or 0.0 for epoch in history[-LAST_EPOCHS:])
 
 
-def bytes_sent(sync: GradientSync, method: Method, nranks: int) -> float:
-    """Bytes that one rank sends per step: see `mpicoll.compression.Compression.volume`."""
-    compression = method.options.get("compression")
-    if compression is None:
-        itemsize: int = np.dtype(method.options.get("wire_dtype", np.float32)).itemsize
-        return 2 * (nranks - 1) / nranks * itemsize * fsum(array.size for array in sync.gradients)
-    shapes = [[sync.gradients[i].shape for i in bucket.members] for bucket in sync.buckets]
-    counts = [codec.residual.size for codec in sync.codecs]
-    return fsum(compression.volume(*sizes, nranks) for sizes in zip(counts, shapes, strict=True))
+def bytes_sent(trainer: Trainer) -> float:
+    """Bytes that one rank sends per step: see `mpicoll.GradientSync.bytes_sent_per_step`."""
+    assert isinstance(trainer.strategy, Allreduce)
+    return trainer.strategy.sync.bytes_sent_per_step

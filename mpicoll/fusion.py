@@ -55,6 +55,7 @@ ENOUGH = 1.15  # times the least time per byte that a bucket's size may cost
 
 PROBLEMS = MISSING, NONFINITE_BEFORE, NONFINITE_AFTER = range(3)  # of a gradient
 NAMED = 10  # gradients that an error names, at most
+SENT = {"Allreduce": 2, "Alltoall": 1, "Allgather": 1}  # portions of (p - 1)/p of the data, for p ranks
 
 
 @dataclass(frozen=True)
@@ -368,6 +369,18 @@ class GradientSync:
         if self._observed is not None:
             self._learn_order()
         return True if own is None else self._judge(own)
+
+    @property
+    def bytes_sent_per_step(self) -> float:
+        """What a rank sends to others in each step, at the least and on average over ranks."""
+        itemsizes = [(self._settings.wire_dtype or bucket.dtype).itemsize for bucket in self.buckets]
+        counts = [self._nbytes_of(bucket) // bucket.dtype.itemsize for bucket in self.buckets]
+        nbytes = SENT["Allreduce"] * sum(a * b for a, b in zip(counts, itemsizes, strict=True))
+        if self.codecs:
+            stages = [stage for codec in self.codecs for stage in codec.stages]
+            exchanges = [stage for stage in stages if isinstance(stage, Exchange)]
+            nbytes = sum(SENT[exchange.collective] * exchange.recv.nbytes for exchange in exchanges)
+        return nbytes * (self._comm.size - 1) / self._comm.size
 
     def ready_all(self) -> None:
         """All gradients that are not yet are ready, in the expected order."""

@@ -2,51 +2,87 @@
 
     comm = mpicoll.Communicator(MPI.COMM_WORLD)
     data = share(comm, read_digits(seed=0) if comm.rank == 0 else None)
-    model = Sequential(Flatten(), Linear(64, 128), ReLU(), Linear(128, 10))
-    strategy = AllreduceStrategy(comm, model, SGD(model.parameters, learning_rate=0.05))
-    history = Trainer(comm, model, softmax_cross_entropy, data, strategy).train(epochs=20)
+    layers = [Flatten(), Linear(64, 128), ReLU(), Linear(128, 10)]
+    trainer = Trainer(comm, layers, data, optimizer=SGD(momentum=0.9), learning_rate=0.05)
+    history = trainer.train(epochs=20)
 
 The same lines run on one rank and on many; ``cli.py`` is the command built on them.
 """
 
+from mpicoll.train.augmentation import Augmentation, parse_augmentation
 from mpicoll.train.data import Dataset, share
 from mpicoll.train.errors import InputError, on_rank_zero
-from mpicoll.train.loop import Epoch, Trainer, parameters_sha256
-from mpicoll.train.model import (
+from mpicoll.train.hashes import parameters_sha256
+from mpicoll.train.keeping import Checkpoints, Keeper, resume
+from mpicoll.train.layers import (
+    GELU,
+    AveragePool2d,
+    BatchNorm,
+    Context,
+    Conv2d,
+    Dropout,
     Flatten,
     Layer,
     Linear,
+    MaxPool2d,
     ReLU,
-    Sequential,
-    mean_squared_error,
-    perceptron,
-    softmax_cross_entropy,
+    Tanh,
 )
-from mpicoll.train.optimizer import SGD, Optimizer
-from mpicoll.train.readers import read_csv, read_digits, read_mnist
-from mpicoll.train.strategies import AllreduceStrategy, Strategy
+from mpicoll.train.learning_rate import LearningRate, scaled_rate
+from mpicoll.train.loop import Epoch, Trainer
+from mpicoll.train.losses import mean_squared_error, softmax_cross_entropy
+from mpicoll.train.mesh import Mesh, make_mesh, parse_mesh
+from mpicoll.train.model import Sequential
+from mpicoll.train.networks import convolutional, perceptron
+from mpicoll.train.optimizer import LARS, SGD, Adam, Optimizer
+from mpicoll.train.readers import read_cifar10, read_csv, read_diabetes, read_digits, read_mnist, read_npy
+from mpicoll.train.strategies import STRATEGIES, Strategy
 
 __all__ = [
+    "GELU",
+    "LARS",
     "SGD",
-    "AllreduceStrategy",
+    "STRATEGIES",
+    "Adam",
+    "Augmentation",
+    "AveragePool2d",
+    "BatchNorm",
+    "Checkpoints",
+    "Context",
+    "Conv2d",
     "Dataset",
+    "Dropout",
     "Epoch",
     "Flatten",
     "InputError",
+    "Keeper",
     "Layer",
+    "LearningRate",
     "Linear",
+    "MaxPool2d",
+    "Mesh",
     "Optimizer",
     "ReLU",
     "Sequential",
     "Strategy",
+    "Tanh",
     "Trainer",
+    "convolutional",
+    "make_mesh",
     "mean_squared_error",
     "on_rank_zero",
     "parameters_sha256",
+    "parse_augmentation",
+    "parse_mesh",
     "perceptron",
+    "read_cifar10",
     "read_csv",
+    "read_diabetes",
     "read_digits",
     "read_mnist",
+    "read_npy",
+    "resume",
+    "scaled_rate",
     "share",
     "softmax_cross_entropy",
 ]

@@ -3,61 +3,44 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from io import StringIO
-from pathlib import Path
 from time import perf_counter
-from typing import Any
+from typing import Any, NoReturn
 
 import click
 from mpi4py import MPI
-from threadpoolctl import threadpool_limits
 
 import mpicoll
-from mpicoll import algorithms
-from mpicoll.compression import Compression
-from mpicoll.compression import parse as parse_compression
 from mpicoll.faults import abort_on_exception
-from mpicoll.grouped import new_bucket
-from mpicoll.launch import usable_cpus
 from mpicoll.train.data import Dataset, share
 from mpicoll.train.errors import InputError, on_rank_zero
-from mpicoll.train.loop import Trainer, parameters_sha256
-from mpicoll.train.model import mean_squared_error, perceptron, softmax_cross_entropy
-from mpicoll.train.optimizer import SGD
-from mpicoll.train.readers import read_csv, read_digits, read_mnist
-from mpicoll.train.report import check_writable, print_result, progress_for, write_json
-from mpicoll.train.strategies import AllreduceStrategy
+from mpicoll.train.hashes import parameters_sha256
+from mpicoll.train.keeping import Checkpoints, Keeper, resume
+from mpicoll.train.layers import Layer
+from mpicoll.train.learning_rate import LearningRate, scaled_rate
+from mpicoll.train.loop import Epoch, Trainer
+from mpicoll.train.metrics import JsonLines, LossCurve, TensorBoard
+from mpicoll.train.networks import convolutional, perceptron
+from mpicoll.train.optimizer import LARS, SGD, Adam, Optimizer
+from mpicoll.train.options import (
+    DETERMINISTIC_SHARDS,
+    MIB,
+    PRECISIONS,
+    WIRE_DTYPES,
+    Options,
+    command,
+    mesh_of,
+)
+from mpicoll.train.pipeline import SCHEDULES
+from mpicoll.train.pipeline_drawing import draw_png
+from mpicoll.train.readers import read_cifar10, read_csv, read_diabetes, read_digits, read_mnist, read_npy
+from mpicoll.train.report import Progress, Several, check_writable, print_result, progress_for, write_json
+from mpicoll.train.sampling import parse_class_weights
 
-MIB = 1 << 20
-WIRE_DTYPES = {"f32": None, "f16": "float16", "bf16": "bfloat16"}
 USAGE_ERROR = 2  # the exit status of a command that was asked for what it cannot do
-
-
-@dataclass(frozen=True)
-class Options:
-    """What the command line says; see ``--help``."""
-
-    data: str
-    data_dir: Path | None
-    data_file: Path | None
-    label: str | None
-    task: str
-    epochs: int
-    batch_size: int
-    lr: float
-    momentum: float
-    hidden: tuple[int, ...]
-    seed: int
-    algorithm: str
-    bucket_mb: float | None
-    dtype: str
-    compression: Compression | None
-    json: Path | None
 
 
 @abort_on_exception()
@@ -92,134 +75,185 @@ def parse(arguments: Sequence[str] | None, aloud: bool = True) -> Options | None
     return outcome if isinstance(outcome, Options) else None
 
 
-def sizes(context: click.Context, param: click.Parameter, value: str) -> tuple[int, ...]:
-    """``128`` or ``128,64``: numbers above 0."""
-    numbers = tuple(int(part) if part.strip().isdecimal() else 0 for part in value.split(","))
-    if min(numbers) < 1:
-        raise click.BadParameter(f"{value!r}: expected whole numbers from 1, separated by commas")
-    return numbers
-
-
-def finite(context: click.Context, param: click.Parameter, value: float | None) -> float | None:
-    """A range does not keep NaN out, which is below and above nothing."""
-    if value is not None and not math.isfinite(value):
-        raise click.BadParameter(f"{value}: expected a finite number")
-    return value
-
-
-def compression(context: click.Context, param: click.Parameter, value: str) -> Compression | None:
-    """What ``--compression`` names."""
-    try:
-        return parse_compression(value)
-    except ValueError as error:
-        raise click.BadParameter(str(error)) from None
-
-
-@click.command(context_settings={"show_default": True, "help_option_names": ["-h", "--help"]})
-@click.option("--data", type=click.Choice(["digits", "mnist", "csv"]), default="digits", help="The data set.")
-@click.option("--data-dir", type=click.Path(path_type=Path), help="For mnist: where its four IDX files are.")
-@click.option("--data-file", type=click.Path(path_type=Path), help="For csv: the file.")
-@click.option(
-    "--label", metavar="COLUMN", help="For csv: the column to predict, name or number.  [default: last]"
-)
-@click.option(
-    "--task",
-    type=click.Choice(["classification", "regression"]),
-    default="classification",
-    help="For csv: what the label is, a class or a number.",
-)
-@click.option("--epochs", type=click.IntRange(min=1), default=20)
-@click.option("--batch-size", type=click.IntRange(min=1), default=32, help="Per step, over all ranks.")
-@click.option(
-    "--lr",
-    type=click.FloatRange(0, min_open=True),
-    default=0.05,
-    callback=finite,
-    help="Learning rate.",
-)
-@click.option("--momentum", type=click.FloatRange(0, 1, max_open=True), default=0.9, callback=finite)
-@click.option(
-    "--hidden", metavar="N[,N...]", default="128", callback=sizes, help="Sizes of the hidden layers."
-)
-@click.option("--seed", type=click.IntRange(min=0), default=0, help="Of all that is random.")
-@click.option(
-    "--algorithm",
-    type=click.Choice(["auto", *algorithms.names("allreduce")]),
-    default="ring",
-    help="The allreduce that sums the gradients.",
-)
-@click.option(
-    "--bucket-mb",
-    type=click.FloatRange(0, min_open=True),
-    callback=finite,
-    help="Megabytes (2^20 bytes) of gradients that are summed together.  [default: measured]",
-)
-@click.option(
-    "--dtype",
-    type=click.Choice(list(WIRE_DTYPES)),
-    default="f32",
-    help="What gradients are sent as; sums are accumulated in f32.",
-)
-@click.option(
-    "--compression",
-    metavar="NAME[:NUMBER]",
-    default="none",
-    callback=compression,
-    help="fp16, bf16, int8, topk:0.01, randomk:0.01 or powersgd:4, with error feedback.",
-)
-@click.option("--json", type=click.Path(path_type=Path), help="Write the result to this file, too.")
-def command(**values: Any) -> Options:
-    """Train a neural network on all ranks that mpirun started, by synchronous SGD.
-
-    The ranks share every batch, so that any number of them takes the same steps.
-    """
-    options = Options(**values)
-    _check_data_options(options)
-    return options
-
-
-def _check_data_options(options: Options) -> None:
-    """Each kind of data has options of its own."""
-    required = {"mnist": "data_dir", "csv": "data_file"}.get(options.data)
-    if required and getattr(options, required) is None:
-        raise click.UsageError(f"--data {options.data} needs --{required.replace('_', '-')}")
-    for name, kind in (("data_dir", "mnist"), ("data_file", "csv"), ("label", "csv")):
-        if getattr(options, name) is not None and options.data != kind:
-            raise click.UsageError(f"--{name.replace('_', '-')} is for --data {kind}, not {options.data}")
-    if options.compression is not None and options.dtype != "f32":
-        raise click.UsageError(
-            "--dtype and --compression both say how gradients travel: expected one of them"
-        )
-    if options.task == "regression" and options.data != "csv":
-        raise click.UsageError(f"--task regression is for --data csv; {options.data} has classes")
-
-
 def train(comm: MPI.Intracomm, options: Options) -> dict[str, Any]:
     """Read, train, report: the result, on every rank."""
     data = load(comm, options)
-    model = perceptron(data.inputs, options.hidden, data.outputs, options.seed, allocate=new_bucket)
-    optimizer = SGD(model.parameters, options.lr, options.momentum)
-    strategy = AllreduceStrategy(comm, model, optimizer, **_sync_options(options))
-    loss = softmax_cross_entropy if data.classes else mean_squared_error
-    trainer = Trainer(comm, model, loss, data, strategy, options.batch_size, options.seed)
+    trainer = make_trainer(comm, options, data)
+    notes = resume(trainer, options.checkpoint) if options.resume and options.checkpoint else []
+    keeper: Keeper = Keeper()
+    if options.checkpoint:
+        keeper = Checkpoints(comm, options.checkpoint, options.checkpoint_every, options.keep)
+    progress = make_progress(options, trainer)
+    if comm.rank == 0:
+        for note in notes:
+            click.echo(f"note: {note}", err=True)
 
     start = perf_counter()
-    with threadpool_limits(blas_threads(comm), user_api="blas"):
-        history = trainer.train(options.epochs, progress_for(comm.rank, sys.stderr.isatty()))
+    try:
+        history = trainer.train(options.epochs, progress, keeper, options.patience)
+    except InputError:
+        trainer.close()  # which lets go of ranks that wait for this one
+        raise
     seconds = perf_counter() - start
+    if trainer.strategy.lost:
+        _end_without(trainer, options, history, seconds)
+    result = _result(trainer, options, comm.bcast(history), seconds)
+    trainer.close()
+    _report(comm, options, result)
+    return result
 
+
+def _end_without(trainer: Trainer, options: Options, history: list[Epoch], seconds: float) -> NoReturn:
+    """Report, and end where other ranks were lost: the end that MPI has would wait for them."""
+    if trainer.comm.rank == 0:
+        _report(trainer.comm, options, _result(trainer, options, history, seconds))
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
+
+
+def _report(comm: MPI.Intracomm, options: Options, result: dict[str, Any]) -> None:
+    if comm.rank == 0:
+        print_result(result)
+        if options.json:
+            write_json(options.json, result)
+
+
+def make_trainer(comm: MPI.Intracomm, options: Options, data: Dataset) -> Trainer:
+    """What the options describe. Raises `InputError`, on all ranks."""
+    stages = mesh_of(options).get("pipeline", 1)
+    micro_batches = options.micro_batches or 2 * stages
+    if options.draw_pipeline:
+        on_rank_zero(comm, lambda: _draw_pipeline(options, stages, micro_batches))
+    if options.augment:
+        options.augment.check(data.sample_shape)
+    return Trainer(
+        comm,
+        make_layers(options, data),
+        data,
+        optimizer=make_optimizer(options),
+        learning_rate=make_learning_rate(options, data),
+        strategy=options.strategy,
+        options=_strategy_options(options),
+        mesh=mesh_of(options),
+        batch_size=options.batch_size,
+        pieces=micro_batches if stages > 1 else options.accumulate,
+        schedule=options.pipeline_schedule,
+        shards=(options.shards or DETERMINISTIC_SHARDS) if options.deterministic else None,
+        balance=options.balance,
+        weights=_class_weights(options, data),
+        resample=options.resample,
+        augmentation=options.augment,
+        seed=options.seed,
+        dtype=PRECISIONS[options.precision],
+    )
+
+
+def _draw_pipeline(options: Options, stages: int, micro_batches: int) -> None:
+    assert options.draw_pipeline is not None
+    check_writable(options.draw_pipeline, "--draw-pipeline")
+    draw_png(SCHEDULES[options.pipeline_schedule](stages, micro_batches), options.draw_pipeline)
+
+
+def make_layers(options: Options, data: Dataset) -> list[Layer]:
+    """The network that the options describe."""
+    rest = data.outputs, options.activation, options.dropout, options.batch_norm
+    if options.model == "cnn":
+        return convolutional(data.sample_shape, options.hidden, *rest)
+    return perceptron(data.inputs, options.hidden, *rest)
+
+
+def make_optimizer(options: Options) -> Optimizer:
+    """The optimizer that the options describe."""
+    both = options.weight_decay, options.clip_norm
+    if options.optimizer == "adam":
+        return Adam(weight_decay=both[0], clip_norm=both[1])
+    if options.optimizer == "lars":
+        return LARS(options.momentum, weight_decay=both[0], clip_norm=both[1])
+    return SGD(options.momentum, options.nesterov, *both)
+
+
+def make_learning_rate(options: Options, data: Dataset) -> LearningRate:
+    """The learning rate of each step."""
+    steps = -(-len(data.train_y) // options.batch_size)
+    return LearningRate(
+        scaled_rate(_peak_rate(options, data), options.batch_size, options.lr_batch or options.batch_size),
+        options.lr_schedule,
+        steps=steps * options.epochs,
+        warmup=steps * options.warmup,
+        factor=options.lr_factor,
+        every=steps * options.lr_every,
+    )
+
+
+def _peak_rate(options: Options, data: Dataset) -> float:
+    if options.lr is not None:
+        return options.lr
+    return {"sgd": 0.05 if data.classes else 0.01, "adam": 0.001, "lars": 1.0}[options.optimizer]
+
+
+def _strategy_options(options: Options) -> dict[str, Any]:
+    bucket = None if options.bucket_mb is None else max(1, int(options.bucket_mb * MIB))
+    if options.deterministic:
+        given = {} if bucket is None else {"bucket_bytes": bucket}
+        return {"algorithm": options.algorithm or "two_shot", **given}
+    every: dict[str, dict[str, Any]] = {
+        "allreduce": {
+            "algorithm": options.algorithm or "ring",
+            "bucket_bytes": bucket,
+            "wire_dtype": WIRE_DTYPES[options.dtype],
+            "compression": options.compression,
+        },
+        "ps-sync": {"servers": options.servers},
+        "ps-async": {"servers": options.servers, "staleness": options.staleness},
+        "local": {"every": options.average_every},
+        "gossip": {"graph": options.graph},
+    }
+    return every.get(options.strategy, {})
+
+
+def _class_weights(options: Options, data: Dataset) -> Any:
+    if options.class_weights in (None, "balanced") or not data.classes:
+        return options.class_weights
+    return parse_class_weights(str(options.class_weights), data.classes)
+
+
+def make_progress(options: Options, trainer: Trainer) -> Progress:
+    """Who hears of the training: the terminal, and the files that the options name; on rank 0 only."""
+    held: list[Progress] = []
+
+    def open_on_rank_zero() -> None:
+        about = {"data": trainer.data.name, "strategy": options.strategy, "ranks": trainer.comm.size}
+        held.append(progress_for(0, sys.stderr.isatty()))
+        if options.metrics:
+            held.append(JsonLines(options.metrics, about))
+        if options.tensorboard:
+            held.append(TensorBoard(options.tensorboard))
+        if options.plot:
+            held.append(LossCurve(options.plot, about, trainer.history))
+
+    on_rank_zero(trainer.comm, open_on_rank_zero)
+    return Several(*held)
+
+
+def _result(trainer: Trainer, options: Options, history: list[Epoch], seconds: float) -> dict[str, Any]:
     last = history[-1]
-    result = {
+    strategy = trainer.strategy
+    return {
         "strategy": strategy.name,
-        "algorithm": options.algorithm,
+        "algorithm": _strategy_options(options).get("algorithm"),
         "dtype": options.dtype,
         "compression": options.compression.name if options.compression is not None else "none",
-        "buckets": len(strategy.sync.buckets),
-        "data": data.name,
-        "ranks": comm.size,
-        "epochs": options.epochs,
+        "mesh": trainer.mesh.sizes,
+        "shards": trainer.shards,
+        "data": trainer.data.name,
+        "ranks": trainer.comm.size,
+        "lost_ranks": list(strategy.lost),
+        "epochs": len(history),
+        "steps": last.step,
         "batch_size": options.batch_size,
-        "lr": options.lr,
+        "optimizer": options.optimizer,
+        "lr": _peak_rate(options, trainer.data),
         "momentum": options.momentum,
         "hidden": list(options.hidden),
         "seed": options.seed,
@@ -228,23 +262,11 @@ def train(comm: MPI.Intracomm, options: Options) -> dict[str, Any]:
         "test_accuracy": last.test_accuracy,
         "seconds": seconds,
         "samples_per_second": sum(e.samples for e in history) / sum(e.seconds for e in history),
-        "parameters": model.parameters.size,
-        "parameters_sha256": parameters_sha256(comm, model),
+        "communication": last.communication,
+        "bytes_sent_per_step": strategy.bytes_sent / max(1, last.step),
+        "parameters": trainer.parameter_count(),
+        "parameters_sha256": parameters_sha256(trainer),
         "parameters_identical": True,  # or parameters_sha256 would have raised
-    }
-    if comm.rank == 0:
-        print_result(result)
-        if options.json:
-            write_json(options.json, result)
-    return result
-
-
-def _sync_options(options: Options) -> dict[str, Any]:
-    return {
-        "algorithm": options.algorithm,
-        "bucket_bytes": None if options.bucket_mb is None else max(1, int(options.bucket_mb * MIB)),
-        "wire_dtype": WIRE_DTYPES[options.dtype],
-        "compression": options.compression,
     }
 
 
@@ -262,20 +284,10 @@ def load(comm: MPI.Intracomm, options: Options) -> Dataset:
 
 
 def _read(options: Options) -> Dataset:
-    if options.data_dir:
-        return read_mnist(options.data_dir)
-    if options.data_file:
+    if options.data == "csv" and options.data_file:
         return read_csv(options.data_file, options.label, options.task == "regression", options.seed)
-    return read_digits(options.seed)
-
-
-def blas_threads(comm: MPI.Intracomm) -> int:
-    """How many threads this rank's BLAS may use: its cores, shared with the node's ranks that use them too.
-
-    Each rank's BLAS would otherwise start a thread per core, and the ranks would keep each other waiting.
-    """
-    own = os.sched_getaffinity(0)
-    node = comm.Split_type(MPI.COMM_TYPE_SHARED)
-    sharers = sum(bool(own & other) for other in node.allgather(own))
-    node.Free()
-    return max(1, usable_cpus() // sharers)
+    if options.data_dir:
+        if options.data == "npy":
+            return read_npy(options.data_dir, options.seed)
+        return {"mnist": read_mnist, "cifar10": read_cifar10}[options.data](options.data_dir)
+    return {"digits": read_digits, "diabetes": read_diabetes}[options.data](options.seed)

@@ -1,33 +1,53 @@
-"""The training loop: the same steps on every rank, each with its own part of every batch.
+"""The training loop: the same steps on every rank, each with its own parts of every batch.
 
     for each epoch:
         for each global batch:                          the same on every rank
-            forward, loss, backward on the own part     gradients over the size of the global batch,
-                                                        communicated as they come
-            strategy.step()                             communicate the rest, update
-        evaluate on the test set                        each rank its part, counts summed
+            for each own part of it:
+                forward, loss, backward                 gradients of the batch's mean loss, from this part
+            strategy.step()                             communicate, update
+        evaluate on the test set                        each rank its parts, counts summed
 
-With one rank this is ordinary SGD; with more, the same up to the rounding of sums.
+With one rank this is ordinary SGD; with more, for synchronous strategies, the same up to the rounding of
+sums.
 """
 
 from __future__ import annotations
 
-import hashlib
 import math
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from time import perf_counter
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 from mpi4py import MPI
+from threadpoolctl import threadpool_limits
 
-from mpicoll.train.data import Dataset, global_batches, own_part
+from mpicoll.grouped import new_bucket
+from mpicoll.launch import usable_cpus
+from mpicoll.schedule import chunk_bounds
+from mpicoll.train.arrays import Array, array_module
+from mpicoll.train.augmentation import Augmentation
+from mpicoll.train.backprop import Backprop, Part
+from mpicoll.train.balance import Balance
+from mpicoll.train.data import Dataset
 from mpicoll.train.errors import InputError
-from mpicoll.train.model import Array, Sequential, array_module
+from mpicoll.train.keeping import Keeper
+from mpicoll.train.layers import BatchNorm, Context, Layer
+from mpicoll.train.losses import Loss, mean_squared_error, softmax_cross_entropy
+from mpicoll.train.mesh import Mesh, build_model, make_mesh
+from mpicoll.train.optimizer import SGD, Optimizer
+from mpicoll.train.pipeline import PipelineBackprop
+from mpicoll.train.prefetch import prefetched
 from mpicoll.train.report import Progress
-from mpicoll.train.strategies import Strategy
+from mpicoll.train.sampling import class_weights, global_batches, sample_weights
+from mpicoll.train.strategies import FixedOrder, strategy_named
 
-Loss = Callable[[Array, Array], tuple[Array, Array]]
+EVALUATED = 1024  # samples at a time
 
 
 @dataclass(frozen=True)
@@ -35,109 +55,442 @@ class Epoch:
     """One epoch's figures over all ranks.
 
     ``train_loss`` is the mean over the epoch's samples, each at the step that learned from it; the test
-    figures are those of the epoch's end. ``seconds`` is the slowest rank's time in the steps alone.
+    figures are those of the epoch's end. ``seconds`` is the slowest rank's time in the steps alone,
+    ``communication`` the part of it that went into communicating and waiting, from 0 to 1 (mean over ranks).
     ``test_accuracy`` is None where there are no classes.
     """
 
     number: int
+    step: int
+    rate: float
     train_loss: float
     test_loss: float
     test_accuracy: float | None
     samples: int
     seconds: float
+    communication: float
+
+
+@dataclass
+class Position:
+    """Where training is: in this epoch, from 1, before this batch of it, from 0; ``step`` is of all."""
+
+    epoch: int = 1
+    batch: int = 0
+    step: int = 0
+
+
+@dataclass(frozen=True)
+class Batch:
+    """This rank's part, or parts, of a global batch of ``count`` samples."""
+
+    count: int
+    parts: Sequence[tuple[int, Part]]  # with their numbers
 
 
 class Trainer:
-    """Trains ``model`` on ``data`` in global batches of ``batch_size`` samples, on all ranks of ``comm``.
+    """Trains the model that ``layers`` make on ``data``, in batches of ``batch_size`` samples over all ranks.
 
-    ``comm`` is any communicator with mpi4py's interface; every rank passes equal arguments.
+    ``comm`` is any communicator with mpi4py's interface; every rank passes equal arguments. Making one is
+    collective. What can be chosen:
+
+    - ``loss``: by default softmax cross-entropy for classes, else the mean squared error.
+    - ``optimizer``, ``learning_rate``: a number, or a function of the step such as `LearningRate`.
+    - ``strategy``: a name, with ``options`` for it; see `mpicoll.train.strategies`.
+    - ``mesh``: sizes such as ``{"data": 2, "pipeline": 2}``; see `mpicoll.train.mesh`.
+    - ``pieces``: into how many a part of a batch is cut: micro-batches of the pipeline, else gradient
+      accumulation. ``schedule``: of the pipeline, "1f1b" or "gpipe".
+    - ``shards``: train deterministically, with every batch in as many logical shards, to the same bits at any
+      number of ranks up to that.
+    - ``balance``: give each rank the share of each batch that it is fast enough for.
+    - ``weights`` [classes]: what the classes count for; "balanced" makes all count the same.
+    - ``resample``: draw samples so that all classes are seen equally often.
+    - ``augmentation``: see `mpicoll.train.augmentation`.
+    - ``dtype``: of parameters and gradients. ``allocate``: as for `Sequential`.
+
+    Raises `InputError`, on all ranks, for what does not go together.
     """
 
     def __init__(
         self,
         comm: MPI.Intracomm,
-        model: Sequential,
-        loss: Loss,
+        layers: Sequence[Layer],
         data: Dataset,
-        strategy: Strategy,
-        batch_size: int = 64,
+        *,
+        loss: Loss | None = None,
+        optimizer: Optimizer | None = None,
+        learning_rate: float | Callable[[int], float] = 0.05,
+        strategy: str = "allreduce",
+        options: Mapping[str, Any] | None = None,
+        mesh: Mapping[str, int] | None = None,
+        batch_size: int = 32,
+        pieces: int = 1,
+        schedule: str = "1f1b",
+        shards: int | None = None,
+        balance: bool = False,
+        weights: npt.ArrayLike | str | None = None,
+        resample: bool = False,
+        augmentation: Augmentation | None = None,
         seed: int = 0,
+        dtype: npt.DTypeLike = np.float32,
+        allocate: Callable[[int, npt.DTypeLike], Array] = new_bucket,
     ):
-        self.comm = comm
-        self.model = model
+        self.comm, self.batch_size, self.seed = comm, batch_size, seed
+        _check_shards(comm, shards)
+        self.mesh = make_mesh(comm, mesh or {})
+        _check_together(self.mesh, strategy, shards, balance)
+        _check_layers(layers, strategy, shards, balance)
+        self.shards = shards
+        self.rate = learning_rate if callable(learning_rate) else lambda step: float(learning_rate)
+        sample = data.train_batch(np.arange(min(len(data.train_y), batch_size)))[0].astype(dtype)
+        self.model = build_model(layers, self.mesh, sample, seed, dtype, allocate)
+        self.data = data.beside(self.model.parameters)
+        kind = FixedOrder if shards else strategy_named(strategy)
+        given = {"shards": shards} if shards else {}
+        try:
+            self.strategy = kind(self.mesh.data, self.model, optimizer or SGD(), **given, **(options or {}))
+        except ValueError as error:
+            raise InputError(str(error)) from error
+        _check_batch(batch_size, self.strategy.parts)
+        loss = loss or (softmax_cross_entropy if data.classes else mean_squared_error)
         self.loss = loss
-        self.data = data.beside(model.parameters)
-        self.strategy = strategy
-        self.batch_size = batch_size
-        self.seed = seed
+        self.backprop: Backprop | PipelineBackprop = (
+            PipelineBackprop(self.model, loss, self.mesh.pipeline, pieces, schedule)
+            if self.mesh.pipeline.size > 1
+            else Backprop(self.model, loss, pieces)
+        )
+        self.balance = Balance(self.mesh.data) if balance else None
+        self._labels = data.train_y
+        self.class_weights = _class_weights(data, weights)
+        self.sample_weights = _sample_weights(data) if resample else None
+        self.augmentation = augmentation
+        self.position = Position()
+        self.loss_sums = np.zeros(self.strategy.parts)  # of the epoch so far, each own part's
+        self.samples = 0  # of the epoch so far
+        self.history: list[Epoch] = []
+        self._start = self._seconds_before = 0.0
 
-    def train(self, epochs: int, progress: Progress | None = None) -> list[Epoch]:
-        """Every epoch's figures. Raises `InputError`, on all ranks, when the loss is no number any more."""
+    # -- the loop
+
+    def train(
+        self,
+        epochs: int,
+        progress: Progress | None = None,
+        keeper: Keeper | None = None,
+        patience: int | None = None,
+    ) -> list[Epoch]:
+        """Train up to epoch ``epochs``; every epoch's figures, on the ranks that train.
+
+        ``keeper`` writes checkpoints. With ``patience`` training ends after as many epochs without a
+        smaller test loss. Raises `InputError`, on all ranks, when the loss is no number any more.
+        """
         progress = progress or Progress()
-        self.strategy.start()
-        history = []
-        steps = math.ceil(len(self.data.train_x) / self.batch_size)
+        keeper = keeper or Keeper()
+        steps = self.steps_per_epoch
+        threads = 1 if self.shards else blas_threads(self.comm)
         # A learning rate that is too high ends in the check of the loss, not in warnings from every rank.
-        with np.errstate(over="ignore", invalid="ignore"), progress.of(epochs, steps):
-            for number in range(1, epochs + 1):
-                epoch = self._epoch(number, progress)
-                if not math.isfinite(epoch.train_loss):
-                    raise InputError(
-                        f"expected the training loss to be a number, found {epoch.train_loss} in epoch "
-                        f"{number}; lower the learning rate (--lr)"
-                    )
-                history.append(epoch)
-                progress.epoch(epoch)
-        return history
+        with (
+            self._sharing_errors(),
+            threadpool_limits(threads, user_api="blas"),
+            np.errstate(over="ignore", invalid="ignore"),
+            progress.of(epochs, steps, self.position.step),
+        ):
+            if self.strategy.serves_only:
+                self.strategy.serve()
+            else:
+                self.strategy.start()
+                while self.position.epoch <= epochs and not self._had_enough(patience):
+                    self._epoch(progress, keeper)
+            self.strategy.finish()
+        keeper.close(self)
+        return self.history
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """How many batches there are."""
+        return math.ceil(len(self.data.train_y) / self.batch_size)
 
     def evaluate(self) -> tuple[float, float | None]:
-        """Mean loss and, with classes, accuracy over the whole test set."""
-        x, y = self.data.test_x, self.data.test_y
-        part = own_part(self.comm.rank, self.comm.size, len(x))
-        outputs = self.model.forward(x[part])
-        losses, _ = self.loss(outputs, y[part])
-        right = outputs.argmax(axis=1) == y[part] if self.data.classes else losses[:0]
-        loss, accuracy = self._over_ranks([losses.sum(), right.sum()], MPI.SUM) / len(x)
-        return float(loss), float(accuracy) if self.data.classes else None
+        """Mean loss and, with classes, accuracy over the whole test set. Collective."""
+        parts = self.strategy.parts
+        sums = np.zeros((3, parts))
+        bounds = chunk_bounds(len(self.data.test_y), parts).tolist()
+        for part in self.strategy.own_test_parts:
+            for begin in range(bounds[part], bounds[part + 1], EVALUATED):
+                rows = slice(begin, min(begin + EVALUATED, bounds[part + 1]))
+                sums[:, part] += self._evaluated(rows)
+        loss, right, count = self._total(sums)
+        if not count:
+            return math.nan, None
+        return loss / count, right / count if self.data.classes else None
 
-    def _epoch(self, number: int, progress: Progress) -> Epoch:
-        x, y = self.data.train_x, self.data.train_y
-        loss_sum = 0.0
-        start = perf_counter()
-        for batch in global_batches(len(x), self.batch_size, self.seed, number):
-            loss_sum += self._step(x, y, batch)
-            progress.step()
-        seconds = perf_counter() - start
+    def parameter_count(self) -> int:
+        """How many parameters and statistics the whole model has. Collective."""
+        placements = zip(self.model.names, self.model.placements, strict=True)
+        own = {name: math.prod(placement.shape) for name, placement in placements}
+        counts: dict[str, int] = {}
+        for sizes in self.mesh.model.allgather(own):
+            counts |= sizes
+        return sum(counts.values())
 
-        train_loss = self._over_ranks([loss_sum], MPI.SUM)[0] / len(x)
+    def loss_so_far(self) -> float:
+        """The sum of the losses of the epoch so far, over all samples; as if they had all counted alike."""
+        return self._total(self.loss_sums[None])[0]
+
+    def seconds_so_far(self) -> float:
+        """Those of the epoch, in this run and the ones before it."""
+        return perf_counter() - self._start
+
+    def go_on(self, facts: Mapping[str, Any]) -> None:
+        """Be where a checkpoint's facts say; see `mpicoll.train.keeping`."""
+        self.position = Position(facts["epoch"], facts["batch"], facts["step"])
+        self.history = [Epoch(**epoch) for epoch in facts["history"]]
+        self.samples = facts["samples_of_epoch"]
+        self._seconds_before = facts["seconds_of_epoch"]
+        self.loss_sums[:] = 0
+        if 0 in self.strategy.own_parts:
+            self.loss_sums[0] = facts["loss_of_epoch"]
+
+    def close(self) -> None:
+        """Give up threads and communicators. Collective."""
+        self.strategy.close()
+        if isinstance(self.backprop, PipelineBackprop):
+            self.backprop.close()
+        self.mesh.free()
+
+    @contextmanager
+    def _sharing_errors(self) -> Iterator[None]:
+        """An `InputError` that only one rank meets, as on a disk that is full, is raised on all of them."""
+        error: InputError | None = None
+        try:
+            yield
+        except InputError as met:
+            error = met
+        errors = self.comm.allgather(error) if self.strategy.in_step else [error]
+        for met_by_any in filter(None, [error, *errors]):
+            raise met_by_any
+
+    def _had_enough(self, patience: int | None) -> bool:
+        losses = [epoch.test_loss for epoch in self.history]
+        return patience is not None and bool(losses) and len(losses) - 1 - int(np.argmin(losses)) >= patience
+
+    def _epoch(self, progress: Progress, keeper: Keeper) -> None:
+        communicated = self.strategy.seconds
+        self._start = perf_counter() - self._seconds_before
+        for batch in self._batches():
+            self._step(batch)
+            progress.step(batch.count)
+            if keeper.is_due(self.position.step):
+                begin = perf_counter()
+                self._check_loss()
+                keeper.keep(self)
+                self._start += perf_counter() - begin  # that was no training
+        epoch = self._figures(self.seconds_so_far(), self.strategy.seconds - communicated)
+        self.history.append(epoch)
+        self.position.epoch += 1
+        self.position.batch = 0
+        self.loss_sums[:] = 0
+        self.samples = 0
+        self._seconds_before = 0.0
+        with self._sharing_errors():
+            progress.epoch(epoch)
+        keeper.epoch(self, epoch)
+
+    def _figures(self, seconds: float, communicated: float) -> Epoch:
+        train_loss = self._check_loss()
         slowest = self._over_ranks([seconds], MPI.MAX)[0]
-        test_loss, test_accuracy = self.evaluate()
-        return Epoch(number, float(train_loss), test_loss, test_accuracy, len(x), float(slowest))
+        waited, ranks = self._over_ranks([communicated / seconds if seconds else 0.0, 1.0], MPI.SUM)
+        with self.strategy.consensus():
+            test_loss, test_accuracy = self.evaluate()
+        position, rate = self.position, self.rate(self.position.step - 1)
+        figures = train_loss, test_loss, test_accuracy, self.samples, slowest, waited / ranks
+        return Epoch(position.epoch, position.step, rate, *figures)
 
-    def _step(self, x: Array, y: Array, batch: Array) -> float:
-        """One step on the global ``batch``; the sum of the own samples' losses."""
-        own = batch[own_part(self.comm.rank, self.comm.size, len(batch))]
-        own = array_module(x).asarray(own)
-        losses, gradients = self.loss(self.model.forward(x[own]), y[own])
-        self.model.backward(gradients / len(batch), self.strategy.ready)
-        self.strategy.step()
-        return float(losses.sum())
+    def _check_loss(self) -> float:
+        """The mean loss of the epoch so far; `InputError`, on all ranks, if it is no number."""
+        train_loss = self.loss_so_far() / max(1, self.samples)
+        if not math.isfinite(train_loss):
+            raise InputError(
+                f"expected the training loss to be a number, found {train_loss} in epoch "
+                f"{self.position.epoch}; lower the learning rate (--lr)"
+            )
+        return train_loss
 
-    def _over_ranks(self, values: list[float], op: MPI.Op) -> np.ndarray:
-        """Each of ``values`` reduced over all ranks, in float64."""
-        totals = np.array([float(value) for value in values])
-        self.comm.Allreduce(MPI.IN_PLACE, totals, op=op)
-        return totals
+    # -- steps
 
+    def _step(self, batch: Batch) -> None:
+        """One step on this rank's parts of a global batch."""
+        share, computed, start = 0.0, 0, perf_counter()
+        for number, part in batch.parts:
+            loss = self.backprop.gradients(part, self.strategy.ready)
+            self.strategy.complete(number)
+            self.loss_sums[number] += loss * batch.count
+            share += part.context.share
+            computed += len(part)
+        seconds = perf_counter() - start
+        self.strategy.step(self.rate(self.position.step), share)
+        if self.balance is not None:
+            # Ranks that hold one model together have the same parts.
+            slowest = self.mesh.model.allreduce(seconds, MPI.MAX)
+            self.balance.record(self.position.step, computed, slowest)
+        self.position.step += 1
+        self.position.batch += 1
+        self.samples += batch.count
 
-def parameters_sha256(comm: MPI.Intracomm, model: Sequential) -> str:
-    """The hash of the parameters' bytes; raises `RuntimeError`, on all ranks, where ranks differ."""
-    parameters = model.parameters
-    on_host = parameters.get() if hasattr(parameters, "get") else parameters  # CuPy's way to the host
-    digests: list[str] = comm.allgather(hashlib.sha256(on_host.tobytes()).hexdigest())
-    differing = [rank for rank, digest in enumerate(digests) if digest != digests[0]]
-    if differing:
-        raise RuntimeError(
-            f"expected the same parameters on all ranks, those of {differing} differ from rank 0's"
+    def _batches(self) -> Iterator[Batch]:
+        """The rest of the epoch's batches. Made ahead in a thread where making one takes time."""
+        position = self.position
+        numbers = global_batches(
+            len(self.data.train_y),
+            self.batch_size,
+            self.seed,
+            position.epoch,
+            self.sample_weights,
+            position.batch,
         )
-    return digests[0]
+        first = position.step
+        batches = (self._batch(first + i, position.epoch, batch) for i, batch in enumerate(numbers))
+        return prefetched(batches) if self.augmentation or self.data.is_mapped else batches
+
+    def _batch(self, step: int, epoch: int, samples: npt.NDArray[np.int64]) -> Batch:
+        count = len(samples)
+        bounds = (
+            self.balance.bounds(step, count) if self.balance else chunk_bounds(count, self.strategy.parts)
+        )
+        slices = [slice(begin, end) for begin, end in pairwise(bounds.tolist())]
+        counts = self._counts(samples)
+        return Batch(
+            count,
+            [
+                (number, self._part(step, epoch, samples, counts, slices[number]))
+                for number in self.strategy.own_parts
+            ],
+        )
+
+    def _counts(self, samples: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
+        """What each sample of a batch counts for in its loss: 1 altogether."""
+        if self.class_weights is None:
+            return np.full(len(samples), 1 / len(samples))
+        weights = self.class_weights[self._labels[samples]]
+        total = float(weights.sum())
+        counts: npt.NDArray[np.float64] = weights / total if total > 0 else weights
+        return counts
+
+    def _part(self, step: int, epoch: int, samples: Array, counts: Array, rows: slice) -> Part:
+        own = samples[rows]
+        x, y = self.data.train_batch(own)
+        if self.augmentation is not None:
+            x = self.augmentation.apply(x, own, self.seed, epoch, self.data.black)
+        xp, dtype = array_module(x), self.model.parameters.dtype
+        positions = xp.arange(rows.start, rows.stop)
+        share = (rows.stop - rows.start) / len(samples)
+        context = Context(True, step, positions, share, self.seed)
+        return Part(x.astype(dtype, copy=False), y, xp.asarray(counts[rows]), context)
+
+    def _evaluated(self, rows: slice) -> npt.NDArray[np.float64]:
+        """Sums over some test samples: of losses, of right answers, and their number."""
+        x, y = self.data.test_batch(rows)
+        outputs = self.backprop.outputs(x.astype(self.model.parameters.dtype, copy=False))
+        if outputs is None:
+            return np.zeros(3)
+        losses, _ = self.loss(outputs, y)
+        right = (outputs.argmax(axis=1) == y).sum() if self.data.classes else 0
+        return np.array([float(losses.sum()), float(right), len(x)])
+
+    def _total(self, sums: npt.NDArray[np.float64]) -> list[float]:
+        """Each row of ``sums`` [rows, parts], of which every part is one rank's, over all parts.
+
+        A part's sum is added to zeros only, and then all are added exactly: the same at any rank count.
+        """
+        own = sums if self.mesh.speaks else np.zeros_like(sums)
+        if self.mesh.model.size > 1:
+            own = own.copy()
+            self.mesh.model.Allreduce(MPI.IN_PLACE, own)
+        every = self.strategy.total(own.ravel().tolist()).reshape(own.shape)
+        return [math.fsum(row) if np.isfinite(row).all() else math.nan for row in every]
+
+    def _over_ranks(self, values: list[float], op: MPI.Op) -> list[float]:
+        """Each of ``values`` over all ranks that train."""
+        own = np.array(values)
+        self.mesh.model.Allreduce(MPI.IN_PLACE, own, op=op)
+        every: list[float] = self.strategy.total(own.tolist(), op).tolist()
+        return every
+
+
+def blas_threads(comm: MPI.Intracomm) -> int:
+    """How many threads this rank's BLAS may use: its cores, shared with the node's ranks that use them too.
+
+    Each rank's BLAS would otherwise start a thread per core, and the ranks would keep each other waiting.
+    """
+    own = os.sched_getaffinity(0)
+    node = comm.Split_type(MPI.COMM_TYPE_SHARED)
+    sharers = sum(bool(own & other) for other in node.allgather(own))
+    node.Free()
+    return max(1, usable_cpus() // sharers)
+
+
+def _class_weights(data: Dataset, weights: npt.ArrayLike | str | None) -> npt.NDArray[np.float64] | None:
+    if weights is None:
+        return None
+    if not data.classes:
+        raise InputError(f"class weights: expected a data set with classes, got {data.name}, which has none")
+    if isinstance(weights, str):
+        return class_weights(data.train_y, data.classes).astype(np.float64)
+    return np.asarray(weights, np.float64)
+
+
+def _sample_weights(data: Dataset) -> npt.NDArray[np.float64]:
+    if not data.classes:
+        raise InputError(f"resample: expected a data set with classes, got {data.name}, which has none")
+    return sample_weights(data.train_y, data.classes)
+
+
+def _check_shards(comm: MPI.Intracomm, shards: int | None) -> None:
+    if shards is not None and comm.size > shards:
+        raise InputError(
+            f"shards: expected at least as many as ranks ({comm.size}), got {shards}; "
+            "raise --shards or start fewer ranks"
+        )
+
+
+def _check_batch(batch_size: int, parts: int) -> None:
+    if batch_size < parts:
+        raise InputError(
+            f"batch size: expected at least {parts} samples, one for each rank or shard that shares a batch, "
+            f"got {batch_size}; raise --batch-size or start fewer ranks"
+        )
+
+
+def _check_together(mesh: Mesh, strategy: str, shards: int | None, balance: bool) -> None:
+    """Raise `InputError` for choices that do not go together."""
+    if mesh.model.size > 1 and strategy.startswith("ps"):
+        raise InputError(
+            f"strategy: expected allreduce, sharded, local or gossip with a mesh whose ranks hold parts of a "
+            f"model, got {strategy}"
+        )
+    if shards is not None and (strategy != "allreduce" or mesh.model.size > 1 or balance):
+        raise InputError(
+            "shards: deterministic training is for the strategy allreduce, with whole models on all ranks "
+            f"and without balance; got {strategy}, mesh {mesh.sizes}, balance {balance}"
+        )
+    if balance and strategy not in ("allreduce", "sharded"):
+        raise InputError(
+            "balance: expected the strategy allreduce or sharded, where ranks wait for each other, "
+            f"got {strategy}"
+        )
+
+
+def _check_layers(layers: Sequence[Layer], strategy: str, shards: int | None, balance: bool) -> None:
+    """Raise `InputError` where layers that wait for other ranks do not go with the rest."""
+    if not any(isinstance(layer, BatchNorm) and layer.synchronised for layer in layers):
+        return
+    reasons = {
+        "sums over all ranks, in an order that depends on them, which is not deterministic": shards
+        is not None,
+        "waits for the other ranks, so how fast a rank is cannot be measured for balance": balance,
+        f"needs ranks in step, which the strategy {strategy} is not": strategy
+        not in ("allreduce", "sharded"),
+    }
+    for reason, applies in reasons.items():
+        if applies:
+            raise InputError(f"batch norm: expected it per rank, got synchronised, which {reason}")

@@ -1,17 +1,29 @@
-"""What the user sees while training and at its end."""
+"""What the user sees while training and at its end.
+
+`Lines` and `LiveBar` know the steps and samples so far, and how long they took:
+
+    samples/s  = samples / seconds, of the epoch so far             (at its end those of its figures)
+    time left  = seconds since the training began / steps taken in them * steps left
+
+A step may take no more than 0.1 ms, so that counting one must cost next to nothing: the clock is looked at
+every few steps only, and something shown, which takes milliseconds, now and then.
+"""
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from rich.console import Console
-from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, TextColumn
 from rich.progress import Progress as Bar
 from rich.table import Table
 
@@ -20,68 +32,207 @@ from mpicoll.train.errors import InputError
 if TYPE_CHECKING:
     from mpicoll.train.loop import Epoch
 
+LOOKING = 0.01  # seconds between looks at the clock, about
+MOST_UNSEEN = 64  # steps between looks, at most: should they take seconds suddenly, somebody still notices
+LINES_EVERY = 10.0  # seconds
+BAR_EVERY = 0.5  # seconds; drawing it takes some milliseconds, which every rank waits for
+
 
 class Progress:
-    """Hears what the loop does; this one keeps silent, as all ranks but rank 0 should."""
+    """Hears what the loop does; this one keeps silent, as all ranks but rank 0 should.
+
+    On the rank that hears, the end of `of` and `epoch` may raise `InputError` where files are written; `step`
+    raises nothing.
+    """
 
     @contextmanager
-    def of(self, epochs: int, steps: int) -> Iterator[None]:
-        """Around ``epochs`` of ``steps`` each."""
+    def of(self, epochs: int, steps: int, done: int) -> Iterator[None]:
+        """Around ``epochs`` of ``steps`` each, of which ``done`` steps have been taken in an earlier run."""
         yield
 
-    def step(self) -> None:
-        """After each step."""
+    def step(self, samples: int) -> None:
+        """After each step, on as many samples over all ranks."""
 
     def epoch(self, epoch: Epoch) -> None:
         """After each epoch."""
 
 
-class Lines(Progress):
-    """A line per epoch on stderr, for logs."""
+class Several(Progress):
+    """Hands on to each of ``observers``, in order."""
 
-    def __init__(self) -> None:
-        self.console = Console(stderr=True, highlight=False, soft_wrap=True)
-        self.epochs = 0
+    def __init__(self, *observers: Progress) -> None:
+        self.observers = observers
 
     @contextmanager
-    def of(self, epochs: int, steps: int) -> Iterator[None]:
-        self.epochs = epochs
-        yield
+    def of(self, epochs: int, steps: int, done: int) -> Iterator[None]:
+        with ExitStack() as stack:
+            for observer in self.observers:
+                stack.enter_context(observer.of(epochs, steps, done))
+            yield
+
+    def step(self, samples: int) -> None:
+        for observer in self.observers:
+            observer.step(samples)
 
     def epoch(self, epoch: Epoch) -> None:
-        self.console.print(f"epoch {epoch.number}/{self.epochs}  {_figures(epoch)}")
+        for observer in self.observers:
+            observer.epoch(epoch)
+
+
+class Meter:
+    """Counts the steps of a training, and says every ``interval`` seconds that something is to be shown."""
+
+    def __init__(self, epochs: int, steps: int, done: int, interval: float) -> None:
+        self.epochs, self.steps = epochs, steps
+        self.done = self.taken = done
+        self.samples = 0  # of the epoch so far
+        self.begin = self.epoch_begin = self._looked = self._shown = perf_counter()
+        self._interval = interval
+        self._every, self._next_look = 1, done + 1
+
+    def step(self, samples: int) -> bool:
+        """Count one; whether to show something."""
+        self.taken += 1
+        self.samples += samples
+        return self.taken >= self._next_look and self._look()
+
+    def _look(self) -> bool:
+        now = perf_counter()
+        self._every = min(2 * self._every, MOST_UNSEEN) if now - self._looked < LOOKING else 1
+        self._looked, self._next_look = now, self.taken + self._every
+        is_time = now - self._shown >= self._interval
+        if is_time:
+            self._shown = now
+        return is_time
+
+    def epoch(self) -> None:
+        """An epoch has ended, and the next one begins."""
+        self.samples = 0
+        self.epoch_begin = perf_counter()
+
+    def shown(self) -> None:
+        """Something has been shown anyway: it is time again in ``interval`` seconds."""
+        self._shown = perf_counter()
+
+    @property
+    def position(self) -> tuple[int, int]:
+        """The epoch and the step of it that has been taken last, both from 1."""
+        epoch, step = divmod(self.taken - 1, self.steps)
+        return epoch + 1, step + 1
+
+    @property
+    def samples_per_second(self) -> float:
+        """In the epoch so far."""
+        return self.samples / max(1e-9, perf_counter() - self.epoch_begin)  # a clock may stand still
+
+    @property
+    def time_left(self) -> str:
+        """For the steps to come, as ``1:02:03 left``; empty with none to come, or none to tell it from."""
+        taken, left = self.taken - self.done, self.epochs * self.steps - self.taken
+        if taken < 1 or left < 1:
+            return ""
+        return f"{_clock((perf_counter() - self.begin) / taken * left)} left"
+
+
+class Lines(Progress):
+    """Lines on stderr, for logs: one per epoch, and in long epochs one every 10 s."""
+
+    def __init__(self, console: Console | None = None) -> None:
+        self.console = console or Console(stderr=True)
+
+    @contextmanager
+    def of(self, epochs: int, steps: int, done: int) -> Iterator[None]:
+        self.meter = Meter(epochs, steps, done, LINES_EVERY)
+        yield
+
+    def step(self, samples: int) -> None:
+        if self.meter.step(samples):
+            epoch, step = self.meter.position
+            speed = f"{self.meter.samples_per_second:,.0f} samples/s"
+            self._say(epoch, f"step {step}/{self.meter.steps}", speed, self.meter.time_left)
+
+    def epoch(self, epoch: Epoch) -> None:
+        self.meter.epoch()
+        self.meter.shown()
+        self._say(epoch.number, *_losses(epoch), *_speed(epoch), self.meter.time_left)
+
+    def _say(self, epoch: int, *figures: str) -> None:
+        line = _joined(f"epoch {epoch}/{self.meter.epochs}", *figures)
+        self.console.print(line, highlight=False, soft_wrap=True)
 
 
 class LiveBar(Progress):
-    """A bar on stderr, for a terminal."""
+    """A bar on stderr, for a terminal, with a line above it for each epoch."""
 
-    def __init__(self) -> None:
-        self.bar = Bar(
-            TextColumn("training"),
-            BarColumn(),
-            TextColumn("{task.fields[figures]}"),
-            TimeRemainingColumn(),
-            console=Console(stderr=True),
-        )
+    def __init__(self, console: Console | None = None) -> None:
+        self.console = console or Console(stderr=True)
 
     @contextmanager
-    def of(self, epochs: int, steps: int) -> Iterator[None]:
-        self.task = self.bar.add_task("training", total=epochs * steps, figures="")
+    def of(self, epochs: int, steps: int, done: int) -> Iterator[None]:
+        self.meter = Meter(epochs, steps, done, BAR_EVERY)
+        self.communication = ""  # in the epoch before
+        # Drawn here alone: a thread that draws would take the GIL from the training, whatever that is doing.
+        self.bar = Bar(
+            TextColumn("epoch {task.fields[epoch]}"),
+            BarColumn(bar_width=None),
+            TextColumn("{task.fields[figures]}"),
+            console=self.console,
+            auto_refresh=False,
+            expand=True,
+        )
+        first = f"{min(done // max(1, steps) + 1, epochs)}/{epochs}"
+        self.task = self.bar.add_task("", total=epochs * steps, completed=done, epoch=first, figures="")
         with self.bar:
             yield
 
-    def step(self) -> None:
-        self.bar.advance(self.task)
+    def step(self, samples: int) -> None:
+        if self.meter.step(samples):
+            speed = f"{self.meter.samples_per_second:,.0f} samples/s"
+            self._update(self.meter.position[0], speed, self.communication)
+            self.bar.refresh()
 
     def epoch(self, epoch: Epoch) -> None:
-        self.bar.update(self.task, figures=_figures(epoch))
+        self.meter.epoch()
+        speed, self.communication = _speed(epoch)
+        self._update(epoch.number, speed, self.communication)
+        line = _joined(f"epoch {epoch.number}/{self.meter.epochs}", *_losses(epoch), speed)
+        self.console.print(line, highlight=False)
+
+    def _update(self, epoch: int, *figures: str) -> None:
+        """What is drawn next time."""
+        text = _joined(*figures, self.meter.time_left)
+        label = f"{epoch}/{self.meter.epochs}"
+        self.bar.update(self.task, completed=self.meter.taken, epoch=label, figures=text)
 
 
-def _figures(epoch: Epoch) -> str:
-    test = f"loss {epoch.test_loss:.4f}"
+def throughput(epoch: Epoch) -> float:
+    """Samples per second in the steps of an epoch; 0 if none was left to take."""
+    return epoch.samples / epoch.seconds if epoch.seconds else 0.0
+
+
+def _losses(epoch: Epoch) -> list[str]:
+    """What was learned, with nothing about tests where there are none."""
+    figures = [f"train loss {epoch.train_loss:.4f}"]
     if epoch.test_accuracy is not None:
-        test = f"accuracy {epoch.test_accuracy:.4f}"
-    return f"train loss {epoch.train_loss:.4f}  test {test}  {epoch.samples / epoch.seconds:,.0f} samples/s"
+        figures.append(f"test accuracy {epoch.test_accuracy:.4f}")
+    elif not math.isnan(epoch.test_loss):
+        figures.append(f"test loss {epoch.test_loss:.4f}")
+    return figures
+
+
+def _speed(epoch: Epoch) -> tuple[str, str]:
+    return f"{throughput(epoch):,.0f} samples/s", f"communication {epoch.communication:.0%}"
+
+
+def _joined(*figures: str) -> str:
+    return "  ".join(filter(None, figures))
+
+
+def _clock(seconds: float) -> str:
+    """``0:05``, ``59:59`` or ``100:00:00``."""
+    minutes, second = divmod(round(seconds), 60)
+    hours, minute = divmod(minutes, 60)
+    return f"{hours}:{minute:02}:{second:02}" if hours else f"{minute}:{second:02}"
 
 
 def progress_for(rank: int, is_terminal: bool) -> Progress:
@@ -100,28 +251,49 @@ def print_result(result: Mapping[str, Any]) -> None:
     Console(highlight=False).print(table)
 
 
-def check_writable(path: Path) -> None:
-    """Raise `InputError` now if `write_json` could not write to ``path`` later."""
+def check_writable(path: Path, use: str = "--json") -> None:
+    """Raise `InputError` now if ``path`` could not be written later, by `write_json` or with `replacing`."""
     try:
         if path.is_dir():
             raise IsADirectoryError(None, "it is a directory")
         with tempfile.NamedTemporaryFile(dir=path.parent):
             pass
     except OSError as error:
-        raise InputError(
-            f"{path}: expected a file that can be written (--json), but: {error.strerror}"
-        ) from error
+        reason = error.strerror or str(error)
+        raise InputError(f"{path}: expected a file that can be written ({use}), but: {reason}") from error
 
 
 def write_json(path: Path, result: Mapping[str, Any]) -> None:
-    """Write ``result`` whole or not at all: to a temporary name beside ``path``, synced, then renamed."""
+    """Write ``result`` whole or not at all; null for numbers that are none, which JSON does not have."""
+    with replacing(path) as temporary, temporary.open("w") as file:
+        json.dump(as_json(result), file, indent=2, allow_nan=False)
+        file.write("\n")
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary name beside ``path``: what the block writes to it is synced, then renamed to ``path``.
+
+    So a reader finds the old file or the new one, whole. Raises OSError.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with temporary.open("w") as file:
-            json.dump(result, file, indent=2, allow_nan=False)
-            file.write("\n")
-            file.flush()
+        yield temporary
+        with temporary.open("rb") as file:
             os.fsync(file.fileno())
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def as_json(value: Any) -> Any:
+    """``value`` with Python's own numbers for NumPy's, and None for NaN and infinities, unknown to JSON."""
+    if isinstance(value, np.generic):
+        value = value.item()
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(name): as_json(one) for name, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [as_json(one) for one in value]
+    return value

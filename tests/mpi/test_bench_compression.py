@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,9 @@ from mpicoll.bench.compression_runs import Method, Task
 from mpicoll.bench.jobs import USAGE_ERROR
 
 import mpicoll
-from mpicoll.train import Dataset, InputError
+from mpicoll.train import Dataset, InputError, Trainer
 from mpicoll.train.data import split
+from mpicoll.train.strategies import Allreduce
 
 COMM = mpicoll.Communicator(MPI.COMM_WORLD)
 RANKS = COMM.size
@@ -107,11 +109,43 @@ def test_every_task_has_its_own_number_of_epochs(file: Path) -> None:
 def test_bytes_are_those_of_all_buckets(name: str, expected: float) -> None:
     """A model of two buckets, of 279,072 and 131,584 numbers: each has entries and matrices of its own."""
     _, task = TASKS
-    data = Dataset("none", 32, *(np.zeros((0, 256), np.float32) for _ in range(4)))
-    strategy = runs._strategy(COMM, task, METHODS[name], data, seed=0)
-    assert len(strategy.sync.buckets) == 2
-    assert runs.bytes_sent(strategy.sync, METHODS[name], RANKS) == pytest.approx(expected)
-    strategy.sync.close()
+    with trainer_of(task, METHODS[name], nothing(256, 32)) as trainer:
+        assert len(sync_of(trainer).buckets) == 2
+        assert runs.bytes_sent(trainer) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_bytes_are_what_each_compression_says_of_itself(name: str) -> None:
+    task = Task("odd", points, (33, 17), batch_size=32, epochs=1, learning_rate=0.05)
+    with trainer_of(task, METHODS[name], nothing(7, 5)) as trainer:
+        sync = sync_of(trainer)
+        compression = METHODS[name].options.get("compression")
+        if compression is None:
+            itemsize = 2 if name.startswith("wire") else 4
+            expected = RING * itemsize * trainer.model.parameters.size
+        else:
+            (bucket,) = sync.buckets
+            shapes = [sync.gradients[i].shape for i in bucket.members]
+            expected = compression.volume(trainer.model.parameters.size, shapes, RANKS)
+        assert runs.bytes_sent(trainer) == pytest.approx(expected)
+
+
+def nothing(inputs: int, classes: int) -> Dataset:
+    """What sizes of a model are known by."""
+    empty = np.zeros((0, inputs), np.float32)
+    return Dataset("none", classes, empty, empty, empty, empty)
+
+
+@contextmanager
+def trainer_of(task: Task, method: Method, data: Dataset) -> Iterator[Trainer]:
+    trainer = runs._trainer(COMM, task, method, data, seed=0)
+    yield trainer
+    trainer.close()
+
+
+def sync_of(trainer: Trainer) -> mpicoll.GradientSync:
+    assert isinstance(trainer.strategy, Allreduce)
+    return trainer.strategy.sync
 
 
 def test_only_rank_zero_prints(file: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -111,6 +111,15 @@ def test_a_json_path_that_cannot_be_written_is_found_before_training(tmp_path: P
     assert "epoch" not in ran.stderr
 
 
+def test_a_loss_that_is_no_number_is_said_once_and_ends_the_job(tmp_path: Path) -> None:
+    """In the midst of the training, with a thread that writes checkpoints."""
+    ran = job(3, TRAIN, "--lr", 1e30, "--checkpoint", tmp_path / "kept", "--checkpoint-every", 5)
+    assert ran.returncode == 2, ran.stderr
+    assert ran.stderr.count("error: expected the training loss to be a number, found nan in epoch 1") == 1
+    assert "Traceback" not in ran.stderr
+    assert not list((tmp_path / "kept").glob("step-*"))  # nobody needs parameters that are no numbers
+
+
 WITH_BLOCK = """
 from mpi4py import MPI
 from mpicoll.faults import abort_on_exception
@@ -157,10 +166,10 @@ def test_a_bug_on_one_rank_ends_training_with_its_traceback() -> None:
 from mpi4py import MPI
 from mpicoll.train import cli, loop
 step = loop.Trainer._step
-def failing_step(self, x, y, batch):
+def failing_step(self, batch):
     if self.comm.rank == 1:
         raise RuntimeError("a bug on rank 1 only")
-    return step(self, x, y, batch)
+    return step(self, batch)
 loop.Trainer._step = failing_step
 cli.main([])
 """

@@ -1,30 +1,33 @@
 """Strategies: how ranks that hold parts of a batch arrive at new parameters. One file of equations each."""
 
-from __future__ import annotations
+from mpicoll.train.strategies.allreduce import Allreduce
+from mpicoll.train.strategies.averaging import GRAPHS, Gossip, Local
+from mpicoll.train.strategies.base import Strategy, check_choice
+from mpicoll.train.strategies.fixed_order import FixedOrder
+from mpicoll.train.strategies.parameter_server import AsyncParameterServer, ParameterServer
+from mpicoll.train.strategies.sharded import Sharded
 
-from typing import Protocol
-
-from mpicoll.train.strategies.allreduce import AllreduceStrategy
-
-
-class Strategy(Protocol):
-    """What the training loop asks of a strategy.
-
-    Between ``start`` and the end every rank's ``model.gradients`` holds, before each ``step``, its own
-    samples' gradients divided by the size of the *global* batch: their sum over ranks is the mean gradient
-    of the batch, however unevenly its samples are spread.
-    """
-
-    name: str
-
-    def start(self) -> None:
-        """Before the first step: all ranks begin with rank 0's parameters."""
-
-    def ready(self, i: int) -> None:
-        """In the backward pass, when ``model.gradient_views[i]`` is complete."""
-
-    def step(self) -> None:
-        """From every rank's ``model.gradients`` to new ``model.parameters``."""
+STRATEGIES: dict[str, type[Strategy]] = {
+    kind.name: kind for kind in (Allreduce, Sharded, Local, Gossip, ParameterServer, AsyncParameterServer)
+}
 
 
-__all__ = ["AllreduceStrategy", "Strategy"]
+def strategy_named(name: str) -> type[Strategy]:
+    """The class of this name; ValueError if there is none."""
+    check_choice("strategy", name, list(STRATEGIES))
+    return STRATEGIES[name]
+
+
+__all__ = [
+    "GRAPHS",
+    "STRATEGIES",
+    "Allreduce",
+    "AsyncParameterServer",
+    "FixedOrder",
+    "Gossip",
+    "Local",
+    "ParameterServer",
+    "Sharded",
+    "Strategy",
+    "strategy_named",
+]

@@ -1,0 +1,18 @@
+"""What the trainer computes on: arrays of NumPy or of CuPy, in the same source."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+Array = Any  # numpy.ndarray or cupy.ndarray
+
+
+def array_module(x: Array) -> ModuleType:
+    """The module that ``x`` belongs to, numpy or cupy; both have the functions used here."""
+    if type(x).__module__.partition(".")[0] == "cupy":
+        return import_module("cupy")  # only where there are CuPy arrays is there CuPy
+    return np
