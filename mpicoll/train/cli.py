@@ -97,7 +97,7 @@ def train(comm: MPI.Intracomm, options: Options) -> dict[str, Any]:
     seconds = perf_counter() - start
     if trainer.strategy.lost:
         _end_without(trainer, options, history, seconds)
-    result = _result(trainer, options, comm.bcast(history), seconds)
+    result = _result(trainer, options, *comm.bcast((history, seconds)))
     trainer.close()
     _report(comm, options, result)
     return result

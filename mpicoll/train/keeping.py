@@ -36,7 +36,7 @@ class Keeper:
     """Hears what the loop does, and keeps its state; this one keeps nothing."""
 
     def is_due(self, step: int) -> bool:
-        """Whether `keep` is to be called after this step, counted from 1."""
+        """Whether `keep` is to be called after this step, counted from 1, if it does not end an epoch."""
         return False
 
     def keep(self, trainer: Trainer) -> None:
@@ -74,7 +74,7 @@ class Checkpoints(Keeper):
         self._last_step = trainer.position.step
 
     def epoch(self, trainer: Trainer, epoch: Epoch) -> None:
-        if self.every is None:
+        if self.every is None or self.is_due(trainer.position.step):
             self.keep(trainer)
         earlier = [before.test_loss for before in trainer.history[:-1]]
         if epoch.test_loss < min(earlier, default=np.inf):

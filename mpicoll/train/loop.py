@@ -280,7 +280,8 @@ class Trainer:
         for batch in self._batches():
             self._step(batch)
             progress.step(batch.count)
-            if keeper.is_due(self.position.step):
+            # At the end of an epoch its figures come first: the keeper hears of them below.
+            if keeper.is_due(self.position.step) and self.position.batch < self.steps_per_epoch:
                 begin = perf_counter()
                 self._check_loss()
                 keeper.keep(self)

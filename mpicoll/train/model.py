@@ -9,6 +9,7 @@ an optimizer works on vectors. First come all parameters, in the order of layers
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Sequence
 from itertools import pairwise
@@ -43,7 +44,7 @@ class Sequential:
         numbers: Sequence[int] | None = None,
         input_gradient: bool = True,
     ):
-        self.layers = layers
+        self.layers = layers = tuple(map(copy.copy, layers))  # another model may be made of the same ones
         learning = (k for k, layer in enumerate(layers) if layer.shapes)
         self._first = 0 if input_gradient else next(learning, len(layers))
         if not input_gradient and self._first < len(layers):

@@ -34,7 +34,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from copy import copy
 from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
 from statistics import median
@@ -272,7 +271,7 @@ def measure_costs(
     costs = []
     context = Context(training=True, positions=np.arange(len(x)))
     for layer in layers:
-        model = Sequential(copy(layer), dtype=dtype)
+        model = Sequential(layer, dtype=dtype)
         _seconds(model, x, context)  # what is compiled or allocated at the first call is not its cost
         costs.append(median(_seconds(model, x, context) for _ in range(repeats)))
         x = model.forward(x, context)[0]

@@ -375,15 +375,17 @@ def test_reads_are_never_torn(count: int) -> None:
     def publish() -> None:
         version = 0
         while not stop.is_set():
-            version += 1
-            shard[...] = version
-            window.publish(shard, version)
+            for _ in range(20):
+                version += 1
+                shard[...] = version
+                window.publish(shard, version)
+            time.sleep(0.0003)
 
     writer = threading.Thread(target=publish)
     writer.start()
     try:
         parameters, last, until, reads = np.zeros(bounds[-1]), [0] * SIZE, time.monotonic() + 0.2, 0
-        while time.monotonic() < until or reads < 20:
+        while time.monotonic() < until or reads < 10:
             versions = window.read(parameters)
             reads += 1
             for rank, version in enumerate(versions):

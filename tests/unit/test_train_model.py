@@ -174,8 +174,8 @@ def test_what_allocate_gives_is_used_and_cleared_of_gradients() -> None:
 
 
 def test_first_parameters_are_the_seed_s_and_of_he_s_variance() -> None:
-    linear = Linear(500, 400)
-    model = Sequential(linear, seed=3)
+    model = Sequential(Linear(500, 400), seed=3)
+    linear: Any = model.layers[0]
     np.testing.assert_array_equal(model.parameters, Sequential(Linear(500, 400), seed=3).parameters)
     assert (model.parameters != Sequential(Linear(500, 400), seed=4).parameters).any()
     assert linear.weight.std() == pytest.approx(np.sqrt(2 / 500), rel=0.02)
@@ -342,8 +342,8 @@ def test_pieces_add_up_to_the_gradients_of_the_part(loss: Any, pieces: int) -> N
 
 def test_statistics_follow_all_pieces() -> None:
     """running -= momentum share (running - new), summed over pieces of 2 and 1 of 3 samples."""
-    norm = BatchNorm(6, momentum=0.1)
-    model = Sequential(norm, Linear(6, 3), dtype=np.float64)
+    model = Sequential(BatchNorm(6, momentum=0.1), Linear(6, 3), dtype=np.float64)
+    norm: Any = model.layers[0]
     part = part_of(softmax_cross_entropy, 3)
     Backprop(model, softmax_cross_entropy, 2).gradients(part, lambda i: None)
     first, last = part.x[:2].mean(axis=0), part.x[2]
@@ -410,3 +410,13 @@ def test_the_same_source_trains_on_arrays_of_cupy(
     found = trained(foreign, allocate=cupy.zeros)
     assert isinstance(found, ForeignArray) and array_module(found) is cupy
     np.testing.assert_array_equal(found.host, expected)
+
+
+def test_two_models_of_the_same_layers_are_apart() -> None:
+    layers = [Linear(4, 3), ReLU(), Linear(3, 2)]
+    one, other = Sequential(*layers, seed=1), Sequential(*layers, seed=2)
+    x = np.ones((1, 4), np.float32)
+    before = one.forward(x)[0].copy()
+    other.parameters[...] = 0
+    np.testing.assert_array_equal(one.forward(x)[0], before)
+    assert before.any() and not other.forward(x)[0].any()

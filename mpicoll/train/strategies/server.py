@@ -59,6 +59,7 @@ OPERATIONS = MPI.SUM, MPI.MAX, MPI.MIN  # that put them together,
 REDUCTIONS: tuple[Callable[..., Any], ...] = np.sum, np.max, np.min  # and what these are here
 
 LINE = 64  # bytes of a cache line
+SMALL, MOST_KEPT = 1 << 16, 16  # bytes and number of the versions of a shard that are kept, if more than 2
 SHORTEST, LONGEST = 1e-5, 1e-3  # seconds that one who waits sleeps: others may need the processor
 LOOK = 0.1  # seconds between looks at other processes
 
@@ -117,15 +118,16 @@ class Watch:
 class Window:
     """Every server's shard, to be read at any time with one-sided operations, while it changes.
 
-    A server has room for two versions of its shard, and two counters:
+    A server has room for the last m versions of its shard, and two counters:
 
         publish version v:                      read:
             begun = v                               v = done
-            slot[v mod 2] = shard                   shard = slot[v mod 2]
-            done = v                                again, if begun > v + 1
+            slot[v mod m] = shard                   shard = slot[v mod m]
+            done = v                                again, if begun >= v + m
 
     So nobody sees half a version, and nobody holds a lock: a reader that dies leaves nothing behind, and a
-    server is never kept waiting. A reader is, where two versions come while it reads one.
+    server is never kept waiting. A reader begins again where m versions come while it reads one; but who
+    pushes has to read, too, before it pushes again. m is 2, and more where shards are small.
 
     ``bounds`` say where the shards lie in the vector of parameters, ``servers`` whose they are. Collective.
     """
@@ -134,31 +136,31 @@ class Window:
         self, comm: MPI.Intracomm, servers: Sequence[int], bounds: Sequence[int], dtype: np.dtype[Any]
     ):
         self._comm, self._servers, self._bounds, self._dtype = comm, servers, bounds, dtype
-        sizes = np.diff(bounds) * dtype.itemsize
-        self._room = [2 * LINE + 2 * _lines(int(size)) for size in sizes]
+        self._sizes = [int(size) for size in np.diff(bounds) * dtype.itemsize]
+        self._kept = [min(max(SMALL // max(1, size), 2), MOST_KEPT) for size in self._sizes]
         own = servers.index(comm.rank) if comm.rank in servers else None
-        self._win = MPI.Win.Allocate(0 if own is None else self._room[own], 1, comm=comm)
+        room = 0 if own is None else self._slot(own, self._kept[own] - 1) + self._sizes[own]
+        self._win = MPI.Win.Allocate(room, 1, comm=comm)
         self._win.Set_errhandler(MPI.ERRORS_RETURN)
         if own is not None:
             memory: Bytes = np.asarray(self._win.tomemory())
             memory[:] = 0
             self._begun, self._done = (memory[at : at + 8].view(np.int64) for at in (0, LINE))
-            size = int(sizes[own])
-            starts = [self._slot(own, version) for version in range(2)]
-            self._slots = [memory[at : at + size].view(dtype) for at in starts]
+            starts = [self._slot(own, version) for version in range(self._kept[own])]
+            self._slots = [memory[at : at + self._sizes[own]].view(dtype) for at in starts]
         # For as long as the window lasts. Nobody asks for another kind of lock, so nothing is sent for these.
         for server in servers:
             self._win.Lock(server, MPI.LOCK_SHARED, MPI.MODE_NOCHECK)
 
     def _slot(self, server: int, version: int) -> int:
         """Where a version begins, in bytes."""
-        return 2 * LINE + version % 2 * (self._room[server] - 2 * LINE) // 2
+        return 2 * LINE + version % self._kept[server] * -(-self._sizes[server] // LINE) * LINE
 
     def publish(self, shard: Array, version: int) -> None:
         """Make ``shard`` the newest version: one more than the last, from 0."""
         self._begun[0] = version
         self._win.Sync()
-        self._slots[version % 2][...] = shard
+        self._slots[version % len(self._slots)][...] = shard
         self._win.Sync()
         self._done[0] = version
         self._win.Sync()
@@ -173,7 +175,7 @@ class Window:
             begun = self._counters(missing, 0)
             for i in missing:
                 versions[i] = found[i]
-            missing = [i for i in missing if begun[i] > found[i] + 1]
+            missing = [i for i in missing if begun[i] >= found[i] + self._kept[i]]
         return versions
 
     def _part(self, parameters: npt.NDArray[Any], i: int) -> npt.NDArray[Any]:
@@ -197,10 +199,6 @@ class Window:
         for server in self._servers:
             self._win.Unlock(server)
         self._win.Free()
-
-
-def _lines(nbytes: int) -> int:
-    return -(-nbytes // LINE) * LINE
 
 
 @dataclass(eq=False)
