@@ -10,7 +10,6 @@ import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -26,9 +25,9 @@ from mpicoll.train import SGD, Dataset, Sequential, Trainer, perceptron
 
 from .contenders import private_memory
 from .jobs import WRONG, about_job, agreed, main, refusing, say
-from .options import check_writable, json_option
+from .options import json_option
 from .timing import no_collection
-from .training_workload import CLASSES, alone, check_cores, own_core, synthetic
+from .training_workload import CLASSES, Options, alone, check_cores, own_core, parse, synthetic
 
 INPUTS, HIDDEN = 784, (1024, 2048, 1024)  # five million parameters
 RATE, MOMENTUM = 0.01, 0.9
@@ -41,16 +40,6 @@ NO_TORCH = "PyTorch is not installed: pip install 'mpicoll[torch]'"
 Facts = dict[str, Any]
 Measured = tuple[float, float]  # seconds of an epoch, and its mean loss
 Epoch = Callable[[], Measured]
-
-
-@dataclass(frozen=True)
-class Options:
-    """What the command line says."""
-
-    batch: int
-    steps: int
-    repeat: int
-    json: Path | None
 
 
 @click.command(
@@ -77,7 +66,7 @@ def _command(**given: Any) -> Options:
 @refusing
 def run(comm: Communicator, args: Sequence[str], prog_name: str) -> int:
     """The exit status, the same on every rank."""
-    options = agreed(comm, partial(_parse, comm, args, prog_name))
+    options = agreed(comm, partial(parse, _command, comm, args, prog_name))
     if options is None:
         return 0
     check_cores(comm)
@@ -93,20 +82,6 @@ def run(comm: Communicator, args: Sequence[str], prog_name: str) -> int:
 
 
 command = partial(main, run)
-
-
-def _parse(comm: Communicator, args: Sequence[str], prog_name: str) -> Options | None:
-    """None if only ``--help`` was wanted."""
-    outcome = _command.main(list(args), prog_name, standalone_mode=False)
-    if not isinstance(outcome, Options):
-        return None
-    if outcome.batch % comm.size:  # or DDP's mean of means would not be the batch's
-        raise click.BadParameter(
-            f"expected a multiple of the {comm.size} ranks, got {outcome.batch}", param_hint="--batch"
-        )
-    if outcome.json is not None and comm.rank == 0:
-        check_writable("--json", outcome.json)
-    return outcome
 
 
 def measure(comm: Communicator, options: Options, inputs: int, hidden: Sequence[int]) -> Facts:

@@ -57,10 +57,11 @@ class TorchTrainer:
     def _step(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         """One step; the mean loss of these samples, before it."""
         self.optimizer.zero_grad(set_to_none=True)
-        loss = torch.nn.functional.cross_entropy(self.model(x), y)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss: Any = torch.nn.functional.cross_entropy(self.model(x), y)
+        loss.backward()
         self.optimizer.step()
-        return loss.detach()
+        mean: torch.Tensor = loss.detach()
+        return mean
 
 
 def perceptron(model: Sequential) -> torch.nn.Sequential:

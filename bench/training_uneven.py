@@ -33,9 +33,9 @@ from mpicoll.train.balance import EVERY
 from mpicoll.train.report import Progress
 
 from .jobs import about_job, agreed, main, refusing, say
-from .options import check_writable, json_option
+from .options import json_option
 from .timing import no_collection
-from .training_workload import CLASSES, alone, check_cores, own_core, synthetic
+from .training_workload import CLASSES, Options, alone, check_cores, own_core, parse, synthetic
 
 INPUTS, HIDDEN = 784, (1024, 1024)  # two million parameters
 RATE, MOMENTUM = 0.01, 0.9
@@ -45,16 +45,6 @@ SETTLED = 10 * EVERY  # steps after which shares are within a percent or so of t
 SIDE = 64  # of the matrices that the slow rank multiplies: some microseconds each
 
 Facts = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Options:
-    """What the command line says."""
-
-    batch: int
-    steps: int
-    repeat: int
-    json: Path | None
 
 
 @click.command(
@@ -81,9 +71,11 @@ def _command(**given: Any) -> Options:
 @refusing
 def run(comm: Communicator, args: Sequence[str], prog_name: str) -> int:
     """0 or a usage error's status, the same on every rank."""
-    options = agreed(comm, partial(_parse, comm, args, prog_name))
+    options = agreed(comm, partial(parse, _command, comm, args, prog_name))
     if options is None:
         return 0
+    if comm.size < 2:
+        raise click.UsageError("expected two ranks or more: a fast one and a slow one")
     check_cores(comm)
     known = about_job(comm, prog_name, args, vars(options))
     report = {**known, "binding": BINDING, **measure(comm, options, INPUTS, HIDDEN)}
@@ -93,22 +85,6 @@ def run(comm: Communicator, args: Sequence[str], prog_name: str) -> int:
 
 
 command = partial(main, run)
-
-
-def _parse(comm: Communicator, args: Sequence[str], prog_name: str) -> Options | None:
-    """None if only ``--help`` was wanted."""
-    outcome = _command.main(list(args), prog_name, standalone_mode=False)
-    if not isinstance(outcome, Options):
-        return None
-    if comm.size < 2:
-        raise click.UsageError("expected two ranks or more: a fast one and a slow one")
-    if outcome.batch % comm.size:
-        raise click.BadParameter(
-            f"expected a multiple of the {comm.size} ranks, got {outcome.batch}", param_hint="--batch"
-        )
-    if outcome.json is not None and comm.rank == 0:
-        check_writable("--json", outcome.json)
-    return outcome
 
 
 class Slowed(Backprop):

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
 from typing import TypeVar
 
 import click
@@ -16,10 +18,36 @@ from mpicoll import Communicator
 from mpicoll.train import Dataset
 from mpicoll.train.seeds import random_stream
 
+from .options import check_writable
+
 CLASSES = 10
 LOOK = 0.002  # seconds between looks of a rank that waits: the cores are for the others
 
 T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the command line says."""
+
+    batch: int
+    steps: int
+    repeat: int
+    json: Path | None
+
+
+def parse(command: click.Command, comm: Communicator, args: Sequence[str], prog_name: str) -> Options | None:
+    """This rank's options; None if only ``--help`` was wanted. Raises `click.ClickException`."""
+    outcome = command.main(list(args), prog_name, standalone_mode=False)
+    if not isinstance(outcome, Options):
+        return None
+    if outcome.batch % comm.size:  # or DDP's mean of means would not be the batch's
+        raise click.BadParameter(
+            f"expected a multiple of the {comm.size} ranks, got {outcome.batch}", param_hint="--batch"
+        )
+    if outcome.json is not None and comm.rank == 0:
+        check_writable("--json", outcome.json)
+    return outcome
 
 
 def synthetic(samples: int, inputs: int, seed: int = 0) -> Dataset:

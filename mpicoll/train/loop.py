@@ -160,6 +160,7 @@ class Trainer:
             if self.mesh.pipeline.size > 1
             else Backprop(self.model, loss, pieces)
         )
+        self._check_outputs(sample[:0])
         self.balance = Balance(self.mesh.data) if balance else None
         self._labels = data.train_y
         self.class_weights = _class_weights(data, weights)
@@ -233,6 +234,20 @@ class Trainer:
         for sizes in self.mesh.model.allgather(own):
             counts |= sizes
         return sum(counts.values())
+
+    def _check_outputs(self, x: Array) -> None:
+        """Raise `InputError`, on all ranks, unless the layers go with the data, and with each other."""
+        try:
+            outputs = self.backprop.outputs(x)
+        except ValueError as error:  # a pipeline's layers were tried before: see `mpicoll.train.mesh`
+            raise InputError(str(error)) from error
+        shapes = self.comm.allgather(None if outputs is None else outputs.shape[1:])
+        got = next(shape for shape in shapes if shape is not None)
+        if got != (self.data.outputs,):
+            raise InputError(
+                f"layers: expected outputs of {self.data.outputs} numbers for each sample of "
+                f"{self.data.name}, got {' x '.join(map(str, got))}"
+            )
 
     def loss_so_far(self) -> float:
         """The sum of the losses of the epoch so far, over all samples; as if they had all counted alike."""

@@ -17,7 +17,7 @@ import numpy.typing as npt
 from mpi4py import MPI
 
 from mpicoll.train.arrays import Array
-from mpicoll.train.errors import InputError
+from mpicoll.train.errors import InputError, on_rank_zero
 from mpicoll.train.layers import Layer
 from mpicoll.train.model import Sequential
 from mpicoll.train.pipeline import measure_costs, partition
@@ -141,5 +141,12 @@ def _stage(layers: Sequence[Layer], mesh: Mesh, sample: Array, dtype: Any) -> sl
         raise InputError(
             f"pipeline: expected at most as many stages as the model has layers ({len(layers)}), got {stages}"
         )
-    costs = measure_costs(layers, sample, dtype=dtype) if mesh.world.rank == 0 else None
-    return partition(mesh.world.bcast(costs), stages)[mesh.pipeline.rank]
+    costs = on_rank_zero(mesh.world, lambda: _costs(layers, sample, dtype))
+    return partition(costs, stages)[mesh.pipeline.rank]
+
+
+def _costs(layers: Sequence[Layer], sample: Array, dtype: Any) -> list[float]:
+    try:
+        return measure_costs(layers, sample, dtype=dtype)
+    except ValueError as error:  # layers that do not go with each other
+        raise InputError(str(error)) from error

@@ -22,7 +22,10 @@ from mpicoll.train import (
     SGD,
     Adam,
     Dataset,
+    Layer,
     Linear,
+    ReLU,
+    Tanh,
     on_rank_zero,
     parameters_sha256,
     perceptron,
@@ -41,9 +44,11 @@ from mpicoll.train.strategies import GRAPHS, Gossip, Sharded
 from .training import (
     ALONE,
     BATCH,
+    CLASSES,
     COMM,
     EPOCHS,
     FEATURES,
+    INPUTS,
     STEPS_PER_EPOCH,
     Array,
     alone,
@@ -53,6 +58,7 @@ from .training import (
     messages_of,
     new_trainer,
     normalised,
+    plain,
     trained,
     values,
 )
@@ -328,6 +334,11 @@ def test_a_learning_rate_that_is_too_high_ends_on_all_ranks(strategy: str) -> No
     assert "lower the learning rate" in messages[0]
 
 
+def unfitting() -> list[Layer]:
+    """Layers that do not go with each other: in a pipeline not all ranks have one of the two."""
+    return [Linear(INPUTS, 8), ReLU(), ReLU(), ReLU(), ReLU(), ReLU(), Tanh(), Linear(9, CLASSES)]
+
+
 WRONG: list[tuple[dict[str, Any], str]] = [
     ({"mesh": {"pipeline": COMM.size + 1}}, f"mesh: expected sizes that multiply to the {COMM.size} ranks"),
     ({"mesh": {"data": 2 * COMM.size}}, f"got data={2 * COMM.size}, pipeline=1, tensor=1"),
@@ -343,8 +354,14 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"balance": True, "layers": normalised}, "batch norm: expected it per rank, .* waits"),
     ({"shards": 8, "layers": normalised}, "batch norm: .* not deterministic"),
     ({"strategy": "local", "layers": normalised}, "batch norm: .* strategy local"),
-    ({"weights": "balanced", "data": values}, "class weights: expected a data set with classes, got values"),
-    ({"resample": True, "data": values}, "expected data with classes|expected a data set with classes"),
+    (
+        {"weights": "balanced", "data": values, "layers": lambda: plain(2)},
+        "class weights: expected a data set with classes, got values",
+    ),
+    ({"resample": True, "data": values, "layers": lambda: plain(2)}, "resample: expected a data set with"),
+    ({"layers": lambda: plain(3)}, "layers: expected outputs of 5 numbers for each sample of classes, got 3"),
+    ({"layers": unfitting}, r"layer \d \(Linear\): expected samples of 9 numbers, got 8"),
+    ({"layers": unfitting, "mesh": {"pipeline": COMM.size}}, r"\(Linear\): expected samples of 9 numbers"),
 ]
 
 

@@ -26,6 +26,8 @@ from mpicoll.train.layers import (
 )
 from mpicoll.train.model import Sequential
 
+from .gradients import numerical_gradient
+
 AnyArray = npt.NDArray[Any]
 Case = tuple[Callable[[], Layer], tuple[int, ...]]
 
@@ -65,19 +67,6 @@ def context_of(n: int, training: bool = True, share: float = 1.0) -> Context:
 
 def normal(*shape: int, seed: int = 0) -> AnyArray:
     return np.random.default_rng(seed).standard_normal(shape)
-
-
-def numerical_gradient(function: Callable[[], float], at: AnyArray, step: float = 1e-6) -> AnyArray:
-    """(f(x + h) - f(x - h)) / 2h for each number in ``at``."""
-    gradient = np.empty_like(at)
-    for i in range(at.size):
-        kept = at.flat[i]
-        at.flat[i] = kept + step
-        above = function()
-        at.flat[i] = kept - step
-        gradient.flat[i] = (above - function()) / (2 * step)
-        at.flat[i] = kept
-    return gradient
 
 
 # Every layer ----------------------------------------------------------------------------------------

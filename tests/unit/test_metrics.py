@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-import resource
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, replace
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
@@ -22,6 +19,8 @@ from mpicoll.train.errors import InputError
 from mpicoll.train.loop import Epoch
 from mpicoll.train.metrics import JsonLines, LossCurve, TensorBoard
 
+from .full_disk import files_no_longer_than
+
 ABOUT = {"data": "digits", "ranks": 3, "hidden": (128, 64)}
 
 
@@ -29,17 +28,6 @@ def figures(number: int, **changes: Any) -> Epoch:
     """Of an epoch of 4 steps; no two alike."""
     epoch = Epoch(number, 4 * number, 0.1 / number, 2 / number, 3 / number, 1 - 0.5 / number, 40, 0.02, 0.25)
     return replace(epoch, **changes)
-
-
-@contextmanager
-def files_no_longer_than(nbytes: int) -> Iterator[None]:
-    """Writing more fails, as on a full disk."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (nbytes, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 # JSON lines -------------------------------------------------------------------------------------------

@@ -24,6 +24,7 @@ from mpicoll.train.optimizer import LARS, SGD, Adam
 from mpicoll.train.sampling import own_part
 
 from .foreign import ForeignArray, ForeignModule, foreign, to_host
+from .gradients import numerical_gradient
 
 AnyArray = npt.NDArray[Any]
 
@@ -52,19 +53,6 @@ def targets(loss: Any, n: int) -> AnyArray:
 def part_of(loss: Any, n: int, counts: AnyArray | None = None, training: bool = True) -> Part:
     counts = np.random.default_rng(6).random(n) if counts is None else counts
     return Part(normal(n, 6), targets(loss, n), counts, Context(training, 3, np.arange(n) + 10, 0.5, 1))
-
-
-def numerical_gradient(function: Callable[[], float], at: AnyArray, step: float = 1e-6) -> AnyArray:
-    """(f(x + h) - f(x - h)) / 2h for each number in ``at``."""
-    gradient = np.empty_like(at)
-    for i in range(at.size):
-        kept = at.flat[i]
-        at.flat[i] = kept + step
-        above = function()
-        at.flat[i] = kept - step
-        gradient.flat[i] = (above - function()) / (2 * step)
-        at.flat[i] = kept
-    return gradient
 
 
 # Losses ---------------------------------------------------------------------------------------------

@@ -21,7 +21,8 @@ where t is the gradient's **staleness**: the number of updates of the shard sinc
 W updates of a round together take a step as long as a synchronous one. With equal shares c_i = 1/W and t of W
 or more this is staleness-aware SGD: rate / t for a mean gradient (W. Zhang et al., IJCAI 2016, who do the
 same where t is less than W, with longer steps). If the optimizer clips, then the workers do, by the norm of
-their g_i / c_i. Statistics of layers change by what the workers give, each once.
+their g_i / c_i. Statistics of layers change by what the workers give, each once. Updates are slowed, not
+gradients, so momentum keeps a stale gradient whole: without a bound (see below), use little of it.
 
 With **bounded staleness** S (stale synchronous parallel: Ho et al., NIPS 2013), a worker that has finished c
 steps goes on when every other one that trains has finished at least c - S. With S = 0 they take steps
