@@ -58,6 +58,7 @@ from .training import (
     messages_of,
     new_trainer,
     normalised,
+    outcome_of,
     plain,
     trained,
     values,
@@ -140,6 +141,16 @@ def test_all_ranks_have_the_same_history(strategy: str) -> None:
     assert len(set(COMM.allgather(repr(history)))) == 1
     assert [(epoch.number, epoch.step, epoch.samples) for epoch in history] == [(1, 6, 61), (2, 12, 61)]
     assert all(epoch.seconds > 0 and 0 <= epoch.communication <= 1 for epoch in history)
+
+
+@pytest.mark.parametrize("strategy", ["allreduce", "sharded", "ps-sync"])
+@pytest.mark.parametrize("optimizer", [SGD, Adam])
+def test_training_goes_on_when_it_is_asked_to(strategy: str, optimizer: Callable[[], Any]) -> None:
+    with closing(new_trainer(COMM, strategy=strategy, optimizer=optimizer, learning_rate=0.01)) as trainer:
+        for epochs in range(EPOCHS + 1):
+            trainer.train(epochs)
+        got = outcome_of(trainer)
+    assert_same(got, trained(ALONE, optimizer=optimizer, learning_rate=0.01))
 
 
 def test_different_parameters_are_found_on_all_ranks() -> None:

@@ -245,11 +245,13 @@ class Server:
         self._figures: dict[tuple[int, int, int], dict[int, npt.NDArray[np.float64]]] = {}
 
     def begin(self, parameters: Array) -> None:
-        """Take the first parameters of the shard, and be ready for requests."""
+        """Take the first parameters of the shard, and be ready for requests; also after an earlier `run`."""
         self.shard[...] = parameters
-        self.window.publish(self.shard, 0)
+        self.window.publish(self.shard, self.version)
         for worker in self.workers:
-            self._receive(worker)
+            worker.is_here, worker.is_done, worker.clock = True, False, 0
+            if worker.head_request is None:  # else the one that followed its last request is still there
+                self._receive(worker)
 
     def run(self, stops: Callable[[], bool] = lambda: False) -> None:
         """Do what workers ask for until all have gone, or it ``stops``."""
