@@ -186,6 +186,7 @@ class Trainer:
         ``keeper`` writes checkpoints. With ``patience`` training ends after as many epochs without a
         smaller test loss. Raises `InputError`, on all ranks, when the loss is no number any more.
         """
+        self._check_patience(patience)
         progress = progress or Progress()
         keeper = keeper or Keeper()
         steps = self.steps_per_epoch
@@ -285,6 +286,17 @@ class Trainer:
         errors = self.comm.allgather(error) if self.strategy.in_step else [error]
         for met_by_any in filter(None, [error, *errors]):
             raise met_by_any
+
+    def _check_patience(self, patience: int | None) -> None:
+        reasons = {
+            "rank 0 alone evaluates in ps-async, and the others would not hear of it": not (
+                self.strategy.in_step or self.strategy.synchronous
+            ),
+            f"there are no test samples in {self.data.name}": not len(self.data.test_y),
+        }
+        for reason, applies in reasons.items():
+            if patience is not None and applies:
+                raise InputError(f"patience: expected none, got {patience}, but {reason}")
 
     def _had_enough(self, patience: int | None) -> bool:
         losses = [epoch.test_loss for epoch in self.history]

@@ -345,6 +345,12 @@ def test_a_learning_rate_that_is_too_high_ends_on_all_ranks(strategy: str) -> No
     assert "lower the learning rate" in messages[0]
 
 
+def untested() -> Dataset:
+    """No samples to test with."""
+    data = classes()
+    return replace(data, test_x=data.test_x[:0], test_y=data.test_y[:0])
+
+
 def unfitting() -> list[Layer]:
     """Layers that do not go with each other: in a pipeline not all ranks have one of the two."""
     return [Linear(INPUTS, 8), ReLU(), ReLU(), ReLU(), ReLU(), ReLU(), Tanh(), Linear(9, CLASSES)]
@@ -382,6 +388,20 @@ def test_what_does_not_go_together_is_an_error_on_all_ranks(settings: dict[str, 
     if COMM.size == 1 and "tensor" in settings.get("mesh", {}):
         pytest.skip("one rank divides nothing")
     messages = messages_of(lambda: new_trainer(COMM, **settings))
+    assert len(set(messages)) == 1
+    assert re.search(message, messages[0])
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"strategy": "ps-async"}, "patience: expected none, got 2, but rank 0 alone evaluates"),
+        ({"data": untested}, "patience: .* there are no test samples in classes"),
+    ],
+)
+def test_patience_needs_figures_on_all_ranks(settings: dict[str, Any], message: str) -> None:
+    with closing(new_trainer(COMM, **settings)) as trainer:
+        messages = messages_of(lambda: trainer.train(2, patience=2))
     assert len(set(messages)) == 1
     assert re.search(message, messages[0])
 
