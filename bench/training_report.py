@@ -281,7 +281,8 @@ def _pipelines_section() -> str:
 SECTIONS: dict[str, tuple[str, Callable[[Facts], str]]] = {
     "strategies": ("training.json", _strategies_section),
     "meshes": ("training.json", _meshes_section),
-    "throughput": ("training-throughput.json", _throughput_section),
+    "throughput-512": ("training-throughput-512.json", _throughput_section),
+    "throughput-1024": ("training-throughput-1024.json", _throughput_section),
     "uneven": ("training-uneven.json", _uneven_section),
 }
 

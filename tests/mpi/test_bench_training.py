@@ -100,7 +100,7 @@ def test_throughput_says_how_fast_and_with_which_loss(monkeypatch: pytest.Monkey
         assert row["efficiency"] == pytest.approx(row["together"] / row["alone"] / RANKS)
         assert row["losses"] == pytest.approx([report["rows"][0]["loss"]] * 2, rel=1e-4)
     if COMM.rank == 0:
-        assert "mpicoll, allreduce" in SECTIONS["throughput"][1]({**ABOUT, "ranks": RANKS, **report})
+        assert "mpicoll, allreduce" in SECTIONS["throughput-512"][1]({**ABOUT, "ranks": RANKS, **report})
 
 
 def test_other_work_is_an_error(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
