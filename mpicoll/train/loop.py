@@ -251,7 +251,12 @@ class Trainer:
             )
 
     def loss_so_far(self) -> float:
-        """The sum of the losses of the epoch so far, over all samples; as if they had all counted alike."""
+        """The sum of the losses of the epoch so far, over all samples; as if they had all counted alike.
+
+        Where ranks take steps of their own, and are not at the same one, an estimate from this rank's.
+        """
+        if not (self.strategy.in_step or self.strategy.synchronous):
+            return float(self.loss_sums.sum()) * self.strategy.parts
         return self._total(self.loss_sums[None])[0]
 
     def seconds_so_far(self) -> float:
@@ -337,7 +342,7 @@ class Trainer:
 
     def _check_loss(self) -> float:
         """The mean loss of the epoch so far; `InputError`, on all ranks, if it is no number."""
-        train_loss = self.loss_so_far() / max(1, self.samples)
+        train_loss = self._total(self.loss_sums[None])[0] / max(1, self.samples)
         if not math.isfinite(train_loss):
             raise InputError(
                 f"expected the training loss to be a number, found {train_loss} in epoch "

@@ -23,9 +23,11 @@ from mpicoll.train import (
     Keeper,
     Linear,
     Trainer,
+    on_rank_zero,
     resume,
 )
 from mpicoll.train.checkpoint import load
+from mpicoll.train.strategies import AsyncParameterServer
 
 from .training import (
     ALONE,
@@ -364,3 +366,13 @@ def test_a_keeper_hears_of_steps_and_epochs() -> None:
     keeper = Curious()
     trained(COMM, 2, keeper)
     assert (keeper.steps, keeper.epochs) == ([4, 8], [1, 2])  # step 12 ends an epoch
+
+
+def test_what_rank_zero_keeps_alone_leaves_figures_together(directory: Path) -> None:
+    """Workers of ps-async put figures together by counting them, and rank 0 alone knows the best epoch."""
+    with closing(new_trainer(COMM, strategy="ps-async", learning_rate=0.01)) as trainer:
+        trainer.train(3, keeper=Checkpoints(COMM, directory, 2))
+        strategy = trainer.strategy
+        assert isinstance(strategy, AsyncParameterServer)
+        assert len(set(COMM.allgather(strategy._reports))) == 1
+    assert on_rank_zero(COMM, lambda: (directory / "best.safetensors").exists())
