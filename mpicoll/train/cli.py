@@ -16,7 +16,7 @@ from mpi4py import MPI
 import mpicoll
 from mpicoll.faults import abort_on_exception
 from mpicoll.train.data import Dataset, share
-from mpicoll.train.errors import InputError, on_rank_zero
+from mpicoll.train.errors import AloneError, InputError, on_rank_zero
 from mpicoll.train.hashes import parameters_sha256
 from mpicoll.train.keeping import Checkpoints, Keeper, resume
 from mpicoll.train.layers import Layer
@@ -58,6 +58,9 @@ def run(comm: MPI.Intracomm, arguments: Sequence[str] | None = None) -> int:
         options = parse(arguments, aloud=comm.rank == 0)
         if options is not None:
             train(comm, options)
+    except AloneError as error:
+        click.echo(f"error: {error}", err=True)
+        comm.Abort(USAGE_ERROR)
     except (InputError, click.ClickException) as error:
         # Every rank has this error; one of them says it.
         message = error.format_message() if isinstance(error, click.ClickException) else str(error)
@@ -91,6 +94,8 @@ def train(comm: MPI.Intracomm, options: Options) -> dict[str, Any]:
     start = perf_counter()
     try:
         history = trainer.train(options.epochs, progress, keeper, options.patience)
+    except AloneError:
+        raise
     except InputError:
         trainer.close()  # which lets go of ranks that wait for this one
         raise

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TypeVar
 
 from mpi4py import MPI
@@ -12,6 +13,19 @@ T = TypeVar("T")
 
 class InputError(ValueError):
     """Bad input from the user: one line that names it, what was expected and what to do."""
+
+
+class AloneError(InputError):
+    """Bad input that only this rank has met, while others go on and do not listen: it is to end the job."""
+
+
+@contextmanager
+def alone(in_step: bool) -> Iterator[None]:
+    """An `InputError` in this block becomes an `AloneError`, unless ranks are ``in_step`` and share it."""
+    try:
+        yield
+    except InputError as error:
+        raise error if in_step else AloneError(str(error)) from error
 
 
 def on_rank_zero(comm: MPI.Intracomm, function: Callable[[], T]) -> T:

@@ -20,7 +20,7 @@ from mpi4py import MPI
 
 from mpicoll.train.arrays import Array, array_module
 from mpicoll.train.checkpoint import Snapshot, Writer, newest
-from mpicoll.train.errors import InputError, on_rank_zero
+from mpicoll.train.errors import InputError, alone, on_rank_zero
 from mpicoll.train.layers import Placement, Shape
 from mpicoll.train.model import views
 
@@ -99,7 +99,8 @@ class Checkpoints(Keeper):
         if trainer.strategy.in_step:
             on_rank_zero(self.comm, function)
         elif self.comm.rank == 0:
-            function()
+            with alone(in_step=False):
+                function()
 
 
 # From the ranks to a snapshot --------------------------------------------------------------------------
@@ -115,8 +116,8 @@ def capture(trainer: Trainer) -> Snapshot | None:
     everyones = trainer.comm.gather(own) if strategy.in_step else [own]
     if everyones is None or trainer.comm.rank:
         return None
-    for alone in everyones:
-        arrays |= alone
+    for own in everyones:
+        arrays |= own
     position = trainer.position
     facts = {
         **dataclasses.asdict(position),
@@ -249,7 +250,7 @@ def _take(
         for name, view in zip(model.names, views(flat, shapes), strict=False):
             targets[f"{vector}/{name}"] = view
     places = dict(zip(model.names, model.placements, strict=True))
-    alone = {f"rank{trainer.comm.rank}/{name}": array for name, array in strategy.own_arrays().items()}
+    own = {f"rank{trainer.comm.rank}/{name}": array for name, array in strategy.own_arrays().items()}
     for name in sorted(forms):
         shape, dtype = forms[name]
         whole = np.ascontiguousarray(arrays[name]) if arrays else np.empty(shape, dtype)
@@ -257,8 +258,8 @@ def _take(
         if name in targets:
             part = whole[places[name.rpartition("/")[2]].index]
             targets[name][...] = _beside(part, targets[name])
-        elif alike and name in alone:
-            alone[name][...] = _beside(whole, alone[name])
+        elif alike and name in own:
+            own[name][...] = _beside(whole, own[name])
     strategy.restore(vectors, facts["optimizer_steps"])
     trainer.go_on(facts)
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from time import perf_counter
@@ -35,7 +35,7 @@ from mpicoll.train.augmentation import Augmentation
 from mpicoll.train.backprop import Backprop, Part
 from mpicoll.train.balance import Balance
 from mpicoll.train.data import Dataset, check_labels
-from mpicoll.train.errors import InputError
+from mpicoll.train.errors import InputError, alone
 from mpicoll.train.keeping import Keeper
 from mpicoll.train.layers import BatchNorm, Context, Layer
 from mpicoll.train.losses import Loss, mean_squared_error, softmax_cross_entropy
@@ -196,7 +196,7 @@ class Trainer:
             self._sharing_errors(),
             threadpool_limits(threads, user_api="blas"),
             np.errstate(over="ignore", invalid="ignore"),
-            progress.of(epochs, steps, self.position.step),
+            self._observed(progress.of(epochs, steps, self.position.step)),
         ):
             if self.strategy.serves_only:
                 self.strategy.serve()
@@ -292,6 +292,18 @@ class Trainer:
         for met_by_any in filter(None, [error, *errors]):
             raise met_by_any
 
+    @contextmanager
+    def _observed(self, observer: AbstractContextManager[None]) -> Iterator[None]:
+        """``observer`` around the training, whose own errors only this rank meets."""
+        observer.__enter__()
+        try:
+            yield
+        except BaseException as error:
+            observer.__exit__(type(error), error, error.__traceback__)
+            raise
+        with alone(self.strategy.in_step):
+            observer.__exit__(None, None, None)
+
     def _check_patience(self, patience: int | None) -> None:
         reasons = {
             "rank 0 alone evaluates in ps-async, and the others would not hear of it": not (
@@ -326,7 +338,7 @@ class Trainer:
         self.loss_sums[:] = 0
         self.samples = 0
         self._seconds_before = 0.0
-        with self._sharing_errors():
+        with self._sharing_errors(), alone(self.strategy.in_step):
             progress.epoch(epoch)
         keeper.epoch(self, epoch)
 

@@ -177,3 +177,22 @@ cli.main([])
     assert ran.returncode == 1
     assert "unhandled exception on rank 1 of 2" in ran.stderr
     assert ran.stderr.count("RuntimeError: a bug on rank 1 only") == 1
+
+
+@pytest.mark.parametrize("servers", [0, 1])
+def test_a_disk_that_is_full_ends_a_job_whose_ranks_are_not_in_step(tmp_path: Path, servers: int) -> None:
+    """Rank 0 alone writes, and the other workers of ps-async would train on without end."""
+    program = f"""
+import errno, os
+from mpicoll.train import checkpoint, cli
+def full(path):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+checkpoint._sync = full
+options = "--strategy ps-async --servers {servers} --epochs 1000000 --checkpoint {tmp_path}"
+cli.main(options.split())
+"""
+    ran = job(2, [sys.executable, "-c", program])
+    assert ran.returncode != 0
+    told = [line for line in ran.stderr.splitlines() if line.startswith("error: ")]
+    assert len(told) == 1, ran.stderr
+    assert "expected to write a checkpoint of" in told[0] and "No space left on device" in told[0]
