@@ -194,7 +194,7 @@ def make_learning_rate(options: Options, data: Dataset) -> LearningRate:
 def _peak_rate(options: Options, data: Dataset) -> float:
     if options.lr is not None:
         return options.lr
-    return {"sgd": 0.05 if data.classes else 0.001, "adam": 0.001, "lars": 1.0}[options.optimizer]
+    return {"sgd": 0.05 if data.classes else 0.002, "adam": 0.001, "lars": 1.0}[options.optimizer]
 
 
 def _strategy_options(options: Options) -> dict[str, Any]:

@@ -177,7 +177,7 @@ FILE = click.Path(path_type=Path)
     "--lr",
     type=ABOVE_0,
     callback=finite,
-    help="Learning rate.  [default: sgd 0.05, or 0.001 for values to predict; adam 0.001; lars 1]",
+    help="Learning rate.  [default: sgd 0.05, or 0.002 for values to predict; adam 0.001; lars 1]",
 )
 @click.option("--momentum", type=BELOW_1, default=0.9, callback=finite, help="Of sgd and lars.")
 @click.option("--nesterov", is_flag=True, help="Nesterov's momentum, for sgd.")

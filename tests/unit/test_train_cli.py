@@ -64,7 +64,7 @@ def test_csv_regression_through_the_module(tmp_path: Path) -> None:
     source = tmp_path / "table.csv"
     np.savetxt(source, table, delimiter=",", header="y,a,b,c", comments="")
     path = tmp_path / "result.json"
-    options = ["--data", "csv", "--task", "regression", "--label", "y", "--hidden", "16,8"]
+    options = ["--data", "csv", "--task", "regression", "--label", "y", "--hidden", "16,8", "--epochs", "40"]
     module = [sys.executable, "-m", "mpicoll.train"]
     ran = job(2, module, *options, "--data-file", source, "--json", path)
     assert ran.returncode == 0, ran.stderr
