@@ -177,7 +177,7 @@ def redistribution(before: Layout, after: Layout) -> str:
 
 
 def bytes_sent(collective: str, nbytes: int, nranks: int) -> float:
-    """What a rank sends at the least, on average, to redistribute a value of ``nbytes`` altogether."""
+    """What a rank sends at the least, on average, in a collective on ``nbytes`` altogether."""
     of_others = nbytes * (nranks - 1) / nranks
     return {
         "nothing": 0.0,

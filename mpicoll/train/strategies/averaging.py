@@ -28,9 +28,10 @@ from mpicoll.calls import AVG
 from mpicoll.communicator import Communicator
 from mpicoll.grouped import new_bucket
 from mpicoll.train.arrays import Array
+from mpicoll.train.layouts import bytes_sent
 from mpicoll.train.model import Sequential
 from mpicoll.train.optimizer import Optimizer
-from mpicoll.train.strategies.base import Strategy, check_choice, sent
+from mpicoll.train.strategies.base import Strategy, check_choice
 
 GRAPHS = ("ring", "exponential")
 
@@ -105,7 +106,7 @@ class Local(Averaging):
         """The mean of all ranks, when it is time."""
         if self.optimizer.steps % self.every == 0:
             self._average(self.model.parameters)
-            self.bytes_sent += sent("allreduce", self.model.parameters.nbytes, self.comm.size)
+            self.bytes_sent += bytes_sent("allreduce", self.model.parameters.nbytes, self.comm.size)
 
 
 class Gossip(Averaging):

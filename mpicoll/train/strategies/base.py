@@ -121,15 +121,6 @@ class Strategy:
         self.seconds += perf_counter() - start
 
 
-# What a rank sends at the least, in parts of (p - 1)/p of all the data, for p ranks.
-PORTIONS = {"allreduce": 2, "reduce_scatter": 1, "allgather": 1, "broadcast": 1}
-
-
-def sent(collective: str, nbytes: int, nranks: int) -> float:
-    """Bytes that a rank sends, on average, in a collective on ``nbytes`` altogether."""
-    return PORTIONS[collective] * nbytes * (nranks - 1) / nranks
-
-
 def check_choice(argument: str, value: Any, choices: Sequence[str]) -> None:
     """Raise ValueError unless ``value`` is one of them."""
     if value not in choices:

@@ -19,9 +19,10 @@ from mpi4py import MPI
 from mpicoll.grouped import new_bucket
 from mpicoll.schedule import chunk_bounds
 from mpicoll.train.arrays import Array
+from mpicoll.train.layouts import bytes_sent
 from mpicoll.train.model import Sequential
 from mpicoll.train.optimizer import Optimizer
-from mpicoll.train.strategies.base import Strategy, sent
+from mpicoll.train.strategies.base import Strategy
 
 
 class Sharded(Strategy):
@@ -53,7 +54,7 @@ class Sharded(Strategy):
             self.comm.Allgatherv(MPI.IN_PLACE, [self.model.parameters, self.counts])
         nbytes = self.model.parameters.nbytes
         for collective in ("reduce_scatter", "allgather"):
-            self.bytes_sent += sent(collective, nbytes, self.comm.size)
+            self.bytes_sent += bytes_sent(collective, nbytes, self.comm.size)
 
     def whole(self, own: Array) -> Array:
         """All shards of a vector of the optimizer's."""
