@@ -10,8 +10,8 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
-from .compression_report import Results, loads, plot, show
-from .options import json_option
+from .compression_report import loads, plot, show
+from .options import json_option, read_results
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ def command(ctx: click.Context, /, **given: Any) -> Options | None:
     _check_options(ctx, options)
     if options.source is None:
         return options
-    results = _read(options.source)
+    results = read_results(options.source, loads)
     check_plot(options, results.ranks)
     show(results, options.markdown)
     if options.plot is not None:
@@ -86,11 +86,3 @@ def check_plot(options: Options, ranks: int) -> None:
         raise click.UsageError("--plot draws accuracy over bytes sent, and one rank sends none: start more")
     if options.plot is not None and find_spec("matplotlib") is None:
         raise click.UsageError("--plot needs matplotlib: pip install 'mpicoll[plots]'")
-
-
-def _read(file: Path) -> Results:
-    """What ``--json`` wrote."""
-    try:
-        return loads(file.read_text())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise click.BadParameter(f"{file}: not what --json writes: {error!r}", param_hint="--from") from None

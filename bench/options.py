@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import click
 
@@ -18,6 +18,8 @@ from .kinds import DTYPES, KINDS, NO_OPERATION, OPERATIONS, SIGNIFICANT_BITS, Ki
 
 ALL = "all"
 AUTO = "auto"
+T = TypeVar("T")
+
 TORCH_MISSING = "gloo needs PyTorch, which is not installed: pip install 'mpicoll[torch]'"
 
 
@@ -220,3 +222,11 @@ def check_writable(flag: str, path: Path) -> None:
         ) from error
     if not existed:
         path.unlink()
+
+
+def read_results(file: Path, loads: Callable[[str], T]) -> T:
+    """What ``--json`` wrote, by the report's ``loads``. Raises `click.BadParameter` for any other file."""
+    try:
+        return loads(file.read_text())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise click.BadParameter(f"{file}: not what --json writes: {error!r}", param_hint="--from") from None

@@ -44,6 +44,7 @@ from mpicoll.cli import parse_ranks
 from mpicoll.sizes import format_size, parse_size
 
 from .kinds import DTYPES, KINDS
+from .options import read_results
 from .peers_report import OURS, Job, Results, dumps, loads, plot, show
 
 LIMIT = 3600.0  # seconds for one job: an end to one that hangs; the longest take minutes
@@ -294,14 +295,6 @@ def parse_elements(text: str) -> int:
     return size
 
 
-def read(file: Path) -> Results:
-    """What ``--json`` wrote."""
-    try:
-        return loads(file.read_text())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise click.BadParameter(f"{file}: not what --json writes: {error!r}", param_hint="--from") from None
-
-
 def _check_options(ctx: click.Context) -> None:
     """What click does not check; before the hours of measuring, not after them."""
     options = ctx.params
@@ -375,7 +368,7 @@ def main(
 ) -> None:
     _check_options(ctx)
     if source is not None:
-        results = read(source)
+        results = read_results(source, loads)
     else:
         line = shlex.join(["python", "-m", "mpicoll.bench.peers", *sys.argv[1:]])
         results = Results(line, date.today().isoformat(), machine={}, notes=[], jobs=[])

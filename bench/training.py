@@ -31,7 +31,7 @@ from click.core import ParameterSource
 from mpicoll.cli import parse_ranks
 
 from .about import about
-from .options import check_writable
+from .options import check_writable, read_results
 from .training_report import Job, Results, complaints, dumps, loads, on_ranks, show
 from .training_setups import MOST_RANKS, setups
 
@@ -91,14 +91,6 @@ def _parse_ranks(ctx: click.Context, param: click.Parameter, text: str) -> list[
     return ranks
 
 
-def read(file: Path) -> Results:
-    """What ``--json`` wrote."""
-    try:
-        return loads(file.read_text())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise click.BadParameter(f"{file}: not what --json writes: {error!r}", param_hint="--from") from None
-
-
 def _check_options(ctx: click.Context) -> None:
     given = [name for name in ctx.params if ctx.get_parameter_source(name) == ParameterSource.COMMANDLINE]
     surplus = [
@@ -130,7 +122,7 @@ def main(
 ) -> None:
     _check_options(ctx)
     if source is not None:
-        results = read(source)
+        results = read_results(source, loads)
     else:
         if json_file is not None:
             check_writable("--json", json_file)

@@ -7,8 +7,15 @@ from types import ModuleType
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 Array = Any  # numpy.ndarray or cupy.ndarray
+
+
+def on_host(x: Array) -> npt.NDArray[Any]:
+    """``x`` in the host's memory: itself, if it is there."""
+    array: npt.NDArray[Any] = x.get() if hasattr(x, "get") else x  # CuPy's way to the host
+    return array
 
 
 def array_module(x: Array) -> ModuleType:

@@ -6,7 +6,8 @@ import hashlib
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from mpicoll.train.keeping import Tensor, assembled, on_host
+from mpicoll.train.arrays import on_host
+from mpicoll.train.keeping import Tensor, assembled
 
 if TYPE_CHECKING:
     from mpicoll.train.loop import Trainer

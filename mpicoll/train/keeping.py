@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 from mpi4py import MPI
 
-from mpicoll.train.arrays import Array, array_module
+from mpicoll.train.arrays import Array, array_module, on_host
 from mpicoll.train.checkpoint import Snapshot, Writer, newest
 from mpicoll.train.errors import InputError, alone, on_rank_zero
 from mpicoll.train.layers import Placement, Shape
@@ -112,7 +112,7 @@ def capture(trainer: Trainer) -> Snapshot | None:
     total = trainer.loss_so_far()
     with strategy.consensus():
         arrays = assembled(trainer, {"": model.parameters} | strategy.vectors())
-    own = {f"rank{trainer.comm.rank}/{name}": on_host(a) for name, a in strategy.own_arrays().items()}
+    own = {f"rank{trainer.comm.rank}/{name}": _copied(a) for name, a in strategy.own_arrays().items()}
     everyones = trainer.comm.gather(own) if strategy.in_step else [own]
     if everyones is None or trainer.comm.rank:
         return None
@@ -168,13 +168,12 @@ def _held(trainer: Trainer, name: str, vector: Array) -> Iterator[Held]:
         model.names, model.placements, model.shapes, bounds, strict=True
     ):
         if end <= vector.size:
-            yield prefix + tensor, placement, on_host(vector[begin:end]).reshape(shape)
+            yield prefix + tensor, placement, _copied(vector[begin:end]).reshape(shape)
 
 
-def on_host(array: Array) -> Tensor:
+def _copied(array: Array) -> Tensor:
     """A copy that nobody else changes, in the host's memory."""
-    copied: Tensor = array.get() if hasattr(array, "get") else array.copy()  # CuPy's way to the host
-    return copied
+    return np.array(on_host(array))
 
 
 # From a snapshot to the ranks --------------------------------------------------------------------------

@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 from mpi4py import MPI
 
-from mpicoll.train.arrays import Array, array_module
+from mpicoll.train.arrays import Array, array_module, on_host
 from mpicoll.train.seeds import hashed_uniform
 
 Shape = tuple[int, ...]
@@ -335,8 +335,7 @@ class BatchNorm(Layer):
         """Both over all samples that are normalised together, in the dtype of ``sums``."""
         if self._comm is None:
             return sums, count
-        on_host = sums.get() if hasattr(sums, "get") else sums  # CuPy's way to the host
-        totals = np.append(on_host.astype(np.float64), count)  # which has room for any count
+        totals = np.append(on_host(sums).astype(np.float64), count)  # which has room for any count
         self._comm.Allreduce(MPI.IN_PLACE, totals)
         return array_module(sums).asarray(totals[:-1], dtype=sums.dtype), int(totals[-1])
 

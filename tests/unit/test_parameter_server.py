@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from mpicoll import launch
+from mpicoll.launch import library_of
 from tests.unit import test_dead_ranks
 from tests.unit.test_dead_ranks import LIMIT, VICTIM, Job
 
@@ -168,7 +169,7 @@ def test_mpi_tells_who_has_died(tmp_path: Path) -> None:
         mpirun = launch.find_mpirun()
     except launch.LauncherError as error:
         pytest.skip(str(error))
-    if launch.library_of(mpirun) != launch.OPEN_MPI:
+    if library_of(mpirun) != launch.OPEN_MPI:
         pytest.skip("ULFM is Open MPI's")
     (tmp_path / "program.py").write_text(WITH_ULFM)
     program, *line = launch.command(4, [sys.executable, str(tmp_path / "program.py"), str(tmp_path)])

@@ -34,8 +34,8 @@ class Allreduce(Strategy):
         self.sync = GradientSync(comm, model.gradient_views, names=model.names, average=False, **options)
 
     def start(self) -> None:
-        """w_r = w_0."""
-        self.comm.Bcast(self.model.parameters, root=0)
+        """w_r = w_0, and the first sum."""
+        super().start()
         # Summing zeros once connects the ranks and compiles the allreduce, which would otherwise count as
         # the first step's time. A compression may send what it has kept back, which is not to be lost.
         kept = {name: array.copy() for name, array in self.own_arrays().items()}

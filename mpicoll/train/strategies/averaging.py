@@ -47,10 +47,6 @@ class Averaging(Strategy):
         self._frees = self._means is not comm
         optimizer.bind(model.parameters, model.tensors)
 
-    def start(self) -> None:
-        """w_r = w_0."""
-        self.comm.Bcast(self.model.parameters, root=0)
-
     def step(self, rate: float, share: float) -> None:
         """The own step, without which a rank stays that has no samples; then all mix."""
         if share > 0:

@@ -53,7 +53,8 @@ class Strategy:
         self.seconds = 0.0
 
     def start(self) -> None:
-        """Before the first step: all ranks have the same parameters. Collective."""
+        """Before the first step: w_r = w_0, rank 0's parameters on all ranks. Collective."""
+        self.comm.Bcast(self.model.parameters, root=0)
 
     def serve(self) -> None:
         """Do what other ranks ask for, until they have finished."""

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from mpi4py import MPI
 
-from mpicoll.reproducible import ReproducibleSum
+from mpicoll.reproducible import BUCKET, ReproducibleSum
 from mpicoll.train.model import Sequential
 from mpicoll.train.optimizer import Optimizer
 from mpicoll.train.strategies.base import Strategy
@@ -34,16 +34,12 @@ class FixedOrder(Strategy):
         optimizer: Optimizer,
         shards: int,
         algorithm: str = "two_shot",  # it sends each vector once
-        bucket_bytes: int = 1 << 22,
+        bucket_bytes: int = BUCKET,
     ):
         super().__init__(comm, model, optimizer)
         optimizer.bind(model.parameters, model.tensors)
         self.sum = ReproducibleSum(comm, shards, algorithm, bucket_bytes)
         self.parts, self.own_parts = shards, self.sum.own_shards
-
-    def start(self) -> None:
-        """w_r = w_0."""
-        self.comm.Bcast(self.model.parameters, root=0)
 
     def complete(self, part: int) -> None:
         """g_part is known."""

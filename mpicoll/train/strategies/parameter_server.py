@@ -50,7 +50,7 @@ from mpi4py import MPI
 
 from mpicoll.faults import RankFailedError
 from mpicoll.schedule import chunk_bounds
-from mpicoll.train.arrays import Array, array_module
+from mpicoll.train.arrays import Array, array_module, on_host
 from mpicoll.train.errors import InputError
 from mpicoll.train.model import Sequential
 from mpicoll.train.optimizer import LARS, Optimizer
@@ -151,7 +151,7 @@ class ParameterServer(Strategy):
 
     def start(self) -> None:
         """Workers and servers have rank 0's parameters, and the servers serve. Collective, with `serve`."""
-        self.comm.Bcast(self.model.parameters, root=0)
+        super().start()
         self._fetch(self.model.parameters, self._host)
         if self.server is not None:
             own = self.servers.index(self.comm.rank)
@@ -280,8 +280,7 @@ class ParameterServer(Strategy):
 
     def _gradients(self, share: float) -> npt.NDArray[Any]:
         """What is pushed, in the host's memory."""
-        gradients: npt.NDArray[Any] = self.model.gradients if self._on_host else self.model.gradients.get()
-        return gradients
+        return on_host(self.model.gradients)
 
     def _pull(self) -> None:
         """w = w[0], w[1], ... w[K-1], each as new as it is."""
@@ -296,7 +295,7 @@ class ParameterServer(Strategy):
     def _fetch(self, array: Array, host: npt.NDArray[Any]) -> None:
         """From the model's device to the host's memory."""
         if array is not host:
-            host[...] = array.get() if hasattr(array, "get") else array
+            host[...] = on_host(array)
 
     def _ask(self, heads: Sequence[Head], data: Sequence[npt.NDArray[Any]] = ()) -> list[Head]:
         """Send requests to the first servers, as many as there are ``heads``, and wait for their replies."""

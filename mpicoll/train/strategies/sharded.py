@@ -41,10 +41,6 @@ class Sharded(Strategy):
         shard = parameters[self.begin : self.end]
         optimizer.bind(shard, model.tensors.cut(self.begin, self.end, comm))
 
-    def start(self) -> None:
-        """w_r = w_0."""
-        self.comm.Bcast(self.model.parameters, root=0)
-
     def step(self, rate: float, share: float) -> None:
         """Reduce-scatter, update, allgather."""
         with self.communicating():
