@@ -1,7 +1,7 @@
 """mpicoll: collective communication by hand over any MPI.
 
-``Communicator``, ``GradientSync`` and ``AVG`` load mpi4py when they are first used; ``mpicoll.schedule``,
-``algorithms`` and ``verify`` work without it.
+The names below load mpi4py when they are first used; ``mpicoll.schedule``, ``algorithms`` and ``verify`` work
+without it.
 """
 
 from __future__ import annotations
@@ -12,16 +12,20 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from mpicoll.calls import AVG
     from mpicoll.communicator import Communicator
+    from mpicoll.faults import DeadlineError, MismatchError, RankFailedError
     from mpicoll.fusion import GradientSync
 
-__all__ = ["AVG", "Communicator", "GradientSync"]
+__all__ = ["AVG", "Communicator", "DeadlineError", "GradientSync", "MismatchError", "RankFailedError"]
 __version__ = "0.1.0"
 
 
 _HOMES = {
     "AVG": "mpicoll.calls",
     "Communicator": "mpicoll.communicator",
+    "DeadlineError": "mpicoll.faults",
     "GradientSync": "mpicoll.fusion",
+    "MismatchError": "mpicoll.faults",
+    "RankFailedError": "mpicoll.faults",
 }
 
 

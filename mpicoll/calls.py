@@ -25,10 +25,12 @@ from mpicoll.buffers import BYTES, Blocks, Dtype, Message, check_same_type, pars
 from mpicoll.kernels import reduce as kernels
 from mpicoll.requests import Call, Plan
 from mpicoll.schedule import Schedule, chunk_bounds
+from mpicoll.transports.hierarchical import COLLECTIVES as HIERARCHICAL_COLLECTIVES
 from mpicoll.transports.hierarchical import Hierarchy
 from mpicoll.transports.messages import MessagePlan
 from mpicoll.transports.program import Layout, compile_program
 from mpicoll.transports.shared import NO_REDUCTION, Channel, Reduction, SharedPlan, reduction
+from mpicoll.watch import What, of, what
 
 FLOAT32 = np.dtype(np.float32)
 MAX_PLANS = 128  # kept for one-shot calls, the least recently used going first
@@ -115,6 +117,7 @@ class CallMaker:
         self._spins = spins
         self._algorithm = algorithm
         self._plans = _Plans()
+        self.watch = of(private)[0]
 
     @property
     def on_one_node(self) -> bool:
@@ -239,7 +242,9 @@ class CallMaker:
         in_place = (in_place and not staged) or (widened and collective != "reduce_scatter")
         key = (collective, algorithm, operation, dtype, shape, root, in_place)
         plan = self._plans.take(key) or self._reduction_plan(*key)
-        call = Call(plan, key, send.address, into, (send.data, recv and recv.data))
+        rooted = root if collective == "reduce" else None
+        named = what(collective, algorithm, send.dtype, shape, operation, rooted)
+        call = Call(plan, key, named, send.address, into, (send.data, recv and recv.data))
         if widened:
             results = 0 if recv is None else total if isinstance(shape, int) else shape[self.rank]
             _widen(call, send.dtype, total, results, in_place)
@@ -264,8 +269,10 @@ class CallMaker:
             begins = np.cumsum([0, *shape[:-1]]).tolist()
             return plan.set_up_blocks(collective, (begins, shape), ([0] * self.nranks, shape))
         if algorithm == HIERARCHICAL:
-            assert self._hierarchy is not None and isinstance(shape, int)
-            return self._hierarchy.allreduce_plan(operation, dtype, shape)
+            assert self._hierarchy is not None
+            if isinstance(shape, int):
+                return self._hierarchy.allreduce_plan(operation, dtype, shape)
+            return self._hierarchy.reduce_scatter_plan(operation, dtype, shape)
         schedule = algorithms.schedule(collective, algorithm, self.nranks, root)
         if isinstance(shape, int):
             bounds = chunk_bounds(shape, schedule.nchunks, dtype.itemsize)
@@ -289,7 +296,8 @@ class CallMaker:
         name = self.choose("broadcast", algorithm, nbytes)
         key = ("broadcast", name, nbytes, root)
         plan = self._plans.take(key) or self._broadcast_plan(*key)
-        call = Call(plan, key, 0, message.address, (message.data,))
+        named = what("broadcast", name, None, nbytes, "", root)
+        call = Call(plan, key, named, 0, message.address, (message.data,))
         if not message.plain:
             block = _one_block(message)
             call.recv = _stage_blocks(call, block, read=self.rank == root, write=self.rank != root)
@@ -299,6 +307,9 @@ class CallMaker:
     def _broadcast_plan(self, collective: str, algorithm: str, nbytes: int, root: int) -> Plan:
         if algorithm == SHARED:
             return self._shared_plan().set_up(collective, nbytes, root)
+        if algorithm == HIERARCHICAL:
+            assert self._hierarchy is not None
+            return self._hierarchy.broadcast_plan(nbytes, root)
         schedule = algorithms.schedule(collective, algorithm, self.nranks, root)
         bounds = chunk_bounds(nbytes, schedule.nchunks, 1)
         return self._plan(schedule, Layout(np.diff(bounds), bounds[:-1], bounds[:-1], in_place=True))
@@ -361,7 +372,8 @@ class CallMaker:
             plan = self._shared_rooted_plan(collective, own_bytes, shape if blocks else None, root, vector)
         elif plan is None:
             plan = self._rooted_plan(collective, name, shape, root, in_place)
-        call = Call(plan, key, 0, 0, (own.message.data, blocks and blocks.message.data))
+        named = _named(collective, name, None if vector else own_bytes, root)
+        call = Call(plan, key, named, 0, 0, (own.message.data, blocks and blocks.message.data))
         sends = collective == "gather"
         own_at = 0 if in_place else _stage_blocks(call, own, read=sends, write=not sends)
         blocks_at = (
@@ -418,12 +430,16 @@ class CallMaker:
         plan = self._plans.take(key)
         if plan is None and name == SHARED:
             plan = self._shared_allgather_plan(shape, vector)
+        elif plan is None and name == HIERARCHICAL:
+            assert self._hierarchy is not None
+            plan = self._hierarchy.allgather_plan(shape.counts, shape.displacements)
         elif plan is None:
             schedule = algorithms.schedule("allgather", name, self.nranks)
             at = np.array(shape.displacements)
             input_at = at if in_place else np.zeros(self.nranks, np.int64)
             plan = self._plan(schedule, Layout(np.array(shape.counts), input_at, at, in_place))
-        call = Call(plan, key, 0, 0, (send.message.data, recv.message.data))
+        named = what("allgather", name, None, tuple(shape.counts) if vector else shape.counts[0], "", None)
+        call = Call(plan, key, named, 0, 0, (send.message.data, recv.message.data))
         call.recv = _stage_blocks(call, recv, read=in_place, write=True)
         if in_place:
             call.send = call.recv + shape.displacements[self.rank]
@@ -460,7 +476,8 @@ class CallMaker:
             plan = self._shared_alltoall_plan(*shapes, vector)
         elif plan is None:
             plan = self._alltoall_plan(name, *shapes)
-        call = Call(plan, key, 0, 0, (send.message.data, recv.message.data))
+        named = _named("alltoall", name, None if vector else shapes[0].counts[0], None)
+        call = Call(plan, key, named, 0, 0, (send.message.data, recv.message.data))
         call.recv = _stage_blocks(call, recv, read=in_place, write=True)
         call.send = call.recv if in_place else _stage_blocks(call, send, read=True)
         if in_place:
@@ -496,7 +513,7 @@ class CallMaker:
             layout = Layout(nothing, nothing, nothing)
             schedule = algorithms.schedule("barrier", name, self.nranks)
             plan = self._plan(schedule, layout, kernel=kernels.reduce_kernel("BOR", BYTES))
-        return Call(plan, key, 0, 0, ())
+        return Call(plan, key, what("barrier", name, None, None, "", None), 0, 0, ())
 
     # -- shared by all
 
@@ -519,7 +536,7 @@ class CallMaker:
 
         Where all ranks share memory, "auto" is what the shared transport does.
         """
-        transports = (SHARED, HIERARCHICAL) if collective == "allreduce" else (SHARED,)
+        transports = (SHARED, HIERARCHICAL) if collective in HIERARCHICAL_COLLECTIVES else (SHARED,)
         allowed = (*(only or algorithms.names(collective)), *transports)
         if algorithm is None:
             algorithm = self._algorithm if self._algorithm in allowed else "auto"
@@ -543,7 +560,7 @@ class CallMaker:
     def _choose_messages(self, collective: str, nbytes: int) -> str:
         """The best algorithm where not all ranks share memory."""
         nodes = self._hierarchy
-        if collective == "allreduce" and nodes and tuning.hierarchical_pays(nodes.nnodes, nbytes):
+        if nodes and tuning.hierarchical_pays(collective, nodes.nnodes, nbytes):
             return HIERARCHICAL
         return tuning.choose(collective, self.nranks, nbytes)
 
@@ -583,6 +600,11 @@ def _reduction(send: Message, recv: Message, op: Operation) -> str | None:
         return None
     kernels.check_supported(name, dtype)
     return str(name)
+
+
+def _named(collective: str, algorithm: str, nbytes: int | None, root: int | None) -> What:
+    """The call, with the size of all its blocks or, as ranks do not know each other's, without."""
+    return what(collective if nbytes is not None else f"{collective}v", algorithm, None, nbytes, "", root)
 
 
 def _check_count(message: Message, count: int, why: str) -> None:

@@ -31,6 +31,7 @@ MAX_RANKS = 100_000  # more is a typing error: the largest machines have fewer n
 # Subcommand: the module whose `command` it is, and its line in the list of subcommands.
 DEFERRED = {
     "bench": ("mpicoll.bench.command", "Measure collectives, gradients or kernels, beside their peers."),
+    "where": ("mpicoll.where", "Show where every rank of a running job is."),
     "info": ("mpicoll.info", "Show what a bug report needs: versions, MPI library, ranks, CPUs, GPUs."),
 }
 

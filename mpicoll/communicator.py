@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial, wraps
 from types import TracebackType
@@ -14,14 +15,16 @@ from mpi4py import MPI
 from mpicoll import algorithms, fastcalls, tuning
 from mpicoll.calls import HIERARCHICAL, SHARED, CallMaker, Operation
 from mpicoll.fastcalls import FastMethod
+from mpicoll.faults import RankFailedError, outlives_ranks
 from mpicoll.grouped import ManyCalls
 from mpicoll.repeated import RepeatedCalls, signature
-from mpicoll.requests import Call, PersistentCall, Plan, Request, Series
+from mpicoll.requests import Call, PersistentCall, Request, Series
 from mpicoll.transports import hierarchical
 from mpicoll.transports.arena import new_array
 from mpicoll.transports.hierarchical import HierarchicalPlan, Hierarchy
 from mpicoll.transports.messages import count_cores
 from mpicoll.transports.shared import Channel, Reduction, SharedPlan
+from mpicoll.watch import Watch, checked_timeout, timeout_from
 
 ONE_SHOT_TAGS = 16_384  # they count from 0, and begin anew long after a call with the same tag has ended
 TRANSPORTS = ("auto", "shared", "messages")
@@ -40,13 +43,14 @@ def _blocking(prepare: _Prepare, native: Callable[..., None], remembered: bool =
         key = signature(prepare, args, kwargs)
         known = self._repeated.match(key, args)
         if known is not None:
-            known.run(self._next_tag(known.plan))
+            known.run(self._next_tag(known.call))
             return
         call = prepare(self._maker, *args, **kwargs)
         if call is None:
-            native(self, *args, **_without_algorithm(kwargs))
+            with self._watch.understanding():
+                native(self, *args, **_without_algorithm(kwargs))
             return
-        call.run(self._next_tag(call.plan))
+        call.run(self._next_tag(call))
         self._learn(prepare.__name__, call, args, kwargs)
         if not (remembered and self._repeated.remember(key, call, args)):
             self._maker.release(call)
@@ -65,7 +69,7 @@ def _nonblocking(prepare: _Prepare, native: Callable[..., MPI.Request]) -> Any:
         call = prepare(self._messages, *args, **kwargs)
         if call is None:
             return native(self, *args, **_without_algorithm(kwargs))
-        return Request(call, self._next_tag(call.plan), partial(self._messages.release, call))
+        return Request(call, self._next_tag(call), partial(self._messages.release, call))
 
     return method
 
@@ -87,7 +91,20 @@ def _persistent(prepare: _Prepare) -> Any:
             call.plan.move_to(call.plan.channel.twin())
         elif isinstance(call.plan, HierarchicalPlan) and self._hierarchy is not None:
             call.plan.move_to(self._hierarchy.twin())
-        return PersistentCall(call, self._take_persistent_tag())
+        tag = self._take_persistent_tag()
+        self._watch.stands(tag, call.what)
+        return PersistentCall(call, tag | call.what.mark)
+
+    return method
+
+
+def _understood(native: Callable[..., Any]) -> Any:
+    """One of MPI's own collectives, but the end of a rank is a `RankFailedError`, where MPI can tell."""
+
+    @wraps(native)
+    def method(self: Communicator, /, *args: Any, **kwargs: Any) -> Any:
+        with self._watch.understanding():
+            return native(self, *args, **kwargs)
 
     return method
 
@@ -119,14 +136,22 @@ class Communicator(MPI.Intracomm):
     _maker: CallMaker
 
     def __new__(
-        cls, comm: MPI.Intracomm | None = None, algorithm: str = "auto", transport: str = "auto"
+        cls,
+        comm: MPI.Intracomm | None = None,
+        algorithm: str = "auto",
+        transport: str = "auto",
+        timeout: float | None = None,
     ) -> Communicator:
         if comm is not None and not isinstance(comm, MPI.Intracomm):
             raise TypeError(f"comm: expected an mpi4py intracommunicator, got {type(comm).__name__}")
         return super().__new__(cls, comm)
 
     def __init__(
-        self, comm: MPI.Intracomm | None = None, algorithm: str = "auto", transport: str = "auto"
+        self,
+        comm: MPI.Intracomm | None = None,
+        algorithm: str = "auto",
+        transport: str = "auto",
+        timeout: float | None = None,
     ) -> None:
         known = {name for collective in algorithms.ALGORITHMS for name in algorithms.names(collective)}
         known |= {SHARED, HIERARCHICAL}
@@ -139,6 +164,7 @@ class Communicator(MPI.Intracomm):
         self._owned = False  # whether the communicator itself, not only what we added, is ours to free
         self._algorithm = algorithm
         self._transport = transport
+        self._timeout = timeout_from(os.environ) if timeout is None else checked_timeout(timeout, "timeout")
         self._used = "none"
         if self != MPI.COMM_NULL:
             self._set_up()
@@ -147,6 +173,16 @@ class Communicator(MPI.Intracomm):
         # Our messages travel apart from the user's. Intracomm.Dup would give a Communicator again.
         self._private = MPI.Intracomm.Dup(MPI.Intracomm(self))
         self._private.Set_errhandler(MPI.ERRORS_RETURN)
+        try:
+            self._connect()
+        except MPI.Exception:
+            if outlives_ranks():
+                self._private.Revoke()  # so that others do not wait for this rank in there
+            raise
+
+    def _connect(self) -> None:
+        self._watch = Watch(self._private, MPI.Intracomm(self), self._timeout)
+        self._watch.attach(self._private)
         node = hierarchical.node_of(self._private)
         cores = count_cores(node)
         spins = 0 if node.Get_size() > cores else 1000
@@ -182,6 +218,7 @@ class Communicator(MPI.Intracomm):
         hierarchy = Hierarchy(self._private, node, sizes, spins)
         if hierarchy.reason is None:
             self._hierarchy = hierarchy
+            hierarchy.attach(self._watch)
         else:
             hierarchy.close()
         return hierarchy.reason
@@ -223,11 +260,13 @@ class Communicator(MPI.Intracomm):
             self._fast[name.lower()] = fast
             setattr(self, name, fast.call)
 
-    def _next_tag(self, plan: Plan) -> int:
+    def _next_tag(self, call: Call) -> int:
         """A tag for a call; those that need none must not count, for some are compiled and cannot."""
-        if plan.tagged:
-            self._tag = (self._tag + 1) % ONE_SHOT_TAGS
-        return self._tag
+        if not call.plan.tagged:
+            return 0
+        self._tag = (self._tag + 1) % ONE_SHOT_TAGS
+        self._watch.begin(self._tag, call.what)
+        return self._tag | call.what.mark
 
     def _learn(self, name: str, call: Call, args: tuple[Any, ...], named: Mapping[str, Any]) -> None:
         """Let the compiled method do calls like this one from now on."""
@@ -251,7 +290,7 @@ class Communicator(MPI.Intracomm):
         """A communicator that MPI made from this one, as a `Communicator` that owns it."""
         if comm == MPI.COMM_NULL or not isinstance(comm, MPI.Intracomm):
             return comm
-        child = type(self)(comm, self._algorithm, self._transport)
+        child = type(self)(comm, self._algorithm, self._transport, self._timeout)
         child._owned = True
         return child
 
@@ -260,6 +299,8 @@ class Communicator(MPI.Intracomm):
 
         The communicator that was passed to the constructor stays its owner's.
         """
+        if self._watch.failure is not None:
+            return  # whatever is collective would wait for ranks that do not come any more
         if self._channel is not None:
             self._channel.close()
         if self._hierarchy is not None:
@@ -267,6 +308,37 @@ class Communicator(MPI.Intracomm):
         self._private.Free()
         if self._owned:
             super().Free()
+
+    def shrink(self) -> Communicator:
+        """A communicator of the ranks that are left, in the same order; collective over them.
+
+        To be called when a collective has raised `RankFailedError`, which the others get from theirs, too.
+        From then on this communicator, those made from it, and what was set up on it are of no use; `Free` on
+        it does nothing. Ranks that end meanwhile are left out, too. Needs an MPI that lets a job outlive a
+        rank, Open MPI started by ``mpirun --with-ft ulfm``; raises RuntimeError elsewhere.
+        """
+        if not outlives_ranks():
+            raise RuntimeError(
+                "shrink: expected an MPI in which a job outlives a rank: start it with Open MPI's "
+                "`mpirun --with-ft ulfm`, or `python -m mpicoll.launch --elastic`"
+            )
+        while True:
+            survivors = MPI.Intracomm(MPI.Intracomm(self).Shrink())
+            survivors.Set_errhandler(MPI.ERRORS_RETURN)
+            child = self._try_adopt(survivors)
+            try:
+                whole = survivors.Agree(int(child is not None))
+            except MPI.Exception:  # one more has ended; everyone learns so
+                whole = 0
+            if whole and child is not None:
+                return child
+
+    def _try_adopt(self, comm: MPI.Intracomm) -> Communicator | None:
+        """As `_adopt`; None if a rank ends meanwhile."""
+        try:
+            return self._adopt(comm)  # type: ignore[no-any-return]
+        except (MPI.Exception, RankFailedError):
+            return None
 
     def __enter__(self) -> Communicator:
         return self
@@ -278,6 +350,8 @@ class Communicator(MPI.Intracomm):
         if error is not None and channel is not None:
             # The other ranks of the node may be waiting for this one: they learn what it met.
             channel.give_up(f"{type(error).__name__}: {error}")
+        if error is not None:
+            self._watch.give_up(error)
         self.Free()
 
     def alloc(self, shape: int | Sequence[int], dtype: npt.DTypeLike = np.float64) -> np.ndarray[Any, Any]:
@@ -307,7 +381,8 @@ class Communicator(MPI.Intracomm):
     def series(self) -> Series:
         """What makes calls that follow each other, beside all other calls of this one; collective."""
         source = self._channel or self._hierarchy
-        channel = source.twin() if source is not None else None
+        with self._watch.understanding():
+            channel = source.twin() if source is not None else None
         return Series(self._maker, channel, self._take_persistent_tag())
 
     def _take_persistent_tag(self) -> int:
@@ -318,7 +393,8 @@ class Communicator(MPI.Intracomm):
 
     def Dup(self, info: MPI.Info | None = None) -> Communicator:
         """A duplicate of this communicator, with the same default algorithm."""
-        return self._adopt(MPI.Intracomm(self).Dup(info))  # type: ignore[no-any-return]
+        with self._watch.understanding():
+            return self._adopt(MPI.Intracomm(self).Dup(info))  # type: ignore[no-any-return]
 
     def Clone(self) -> Communicator:
         """As `Dup`."""
@@ -326,19 +402,23 @@ class Communicator(MPI.Intracomm):
 
     def Split(self, color: int = 0, key: int = 0) -> Communicator:
         """One communicator for each color, ranks ordered by key; COMM_NULL for ``MPI.UNDEFINED``."""
-        return self._adopt(MPI.Intracomm(self).Split(color, key))  # type: ignore[no-any-return]
+        with self._watch.understanding():
+            return self._adopt(MPI.Intracomm(self).Split(color, key))  # type: ignore[no-any-return]
 
     def Split_type(self, split_type: int, key: int = 0, info: MPI.Info = MPI.INFO_NULL) -> Communicator:
         """One communicator for each group of ranks of a kind, such as those that share memory."""
-        return self._adopt(MPI.Intracomm(self).Split_type(split_type, key, info))  # type: ignore[no-any-return]
+        with self._watch.understanding():
+            return self._adopt(MPI.Intracomm(self).Split_type(split_type, key, info))  # type: ignore[no-any-return]
 
     def Create(self, group: MPI.Group) -> Communicator:
         """A communicator of the group's ranks; COMM_NULL on the others."""
-        return self._adopt(MPI.Intracomm(self).Create(group))  # type: ignore[no-any-return]
+        with self._watch.understanding():
+            return self._adopt(MPI.Intracomm(self).Create(group))  # type: ignore[no-any-return]
 
     def Create_group(self, group: MPI.Group, tag: int = 0) -> Communicator:
         """A communicator of the group's ranks; only they call it."""
-        return self._adopt(MPI.Intracomm(self).Create_group(group, tag))  # type: ignore[no-any-return]
+        with self._watch.understanding():
+            return self._adopt(MPI.Intracomm(self).Create_group(group, tag))  # type: ignore[no-any-return]
 
     Allreduce = _blocking(CallMaker.allreduce, MPI.Intracomm.Allreduce)
     Reduce = _blocking(CallMaker.reduce, MPI.Intracomm.Reduce)
@@ -355,6 +435,16 @@ class Communicator(MPI.Intracomm):
     Alltoall = _blocking(CallMaker.alltoall, MPI.Intracomm.Alltoall)
     Alltoallv = _blocking(CallMaker.alltoallv, MPI.Intracomm.Alltoallv)
     Barrier = _blocking(CallMaker.barrier, MPI.Intracomm.Barrier)
+
+    # Those that send Python objects are MPI's and mpi4py's own.
+    allreduce = _understood(MPI.Intracomm.allreduce)
+    reduce = _understood(MPI.Intracomm.reduce)
+    bcast = _understood(MPI.Intracomm.bcast)
+    gather = _understood(MPI.Intracomm.gather)
+    scatter = _understood(MPI.Intracomm.scatter)
+    allgather = _understood(MPI.Intracomm.allgather)
+    alltoall = _understood(MPI.Intracomm.alltoall)
+    barrier = _understood(MPI.Intracomm.barrier)
 
     Iallreduce = _nonblocking(CallMaker.allreduce, MPI.Intracomm.Iallreduce)
     Ireduce = _nonblocking(CallMaker.reduce, MPI.Intracomm.Ireduce)

@@ -1,7 +1,8 @@
-"""Faults: what happens to the job when one rank fails.
+"""Faults: the errors of a collective that cannot be completed, and what happens to the job when a rank fails.
 
 MPI knows nothing of Python's exceptions. A rank that leaves with a traceback finalises MPI on its way out,
 and the others wait for it for ever. Here such an exception ends the whole job, with its traceback, at once.
+How ranks find out what is wrong with others is in `mpicoll.watch`.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import os
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import TracebackType
 
@@ -21,7 +22,27 @@ class MismatchError(RuntimeError):
 
 
 class RankFailedError(RuntimeError):
-    """Another rank, for which this one waits, has ended or has left the collective with an exception."""
+    """Another rank, for which this one waits, has ended or has left the collective with an exception.
+
+    ``ranks``: those of the communicator that are known to have ended; empty where a rank lives on.
+    """
+
+    def __init__(self, message: str, ranks: Sequence[int] = ()) -> None:
+        super().__init__(message)
+        self.ranks = tuple(ranks)
+
+
+class DeadlineError(RuntimeError):
+    """A collective has made no progress for ``MPICOLL_TIMEOUT`` seconds; says where every rank is."""
+
+
+FAULTS = (MismatchError, RankFailedError, DeadlineError)  # after which a communicator is of no use
+
+
+def outlives_ranks() -> bool:
+    """Whether this job goes on when a rank has died: with Open MPI's ``mpirun --with-ft ulfm``."""
+    enabled = os.environ.get("OMPI_MCA_mpi_ft_enable", "")  # noqa: SIM112  (so Open MPI writes it)
+    return enabled.lower() in ("1", "true", "yes")
 
 
 ABORT_CODE = 1  # the job's exit status; what Python itself uses for an unhandled exception

@@ -92,13 +92,20 @@ def usable_cpus() -> int:
     return bound if limit is None else max(1, min(bound, math.ceil(limit)))
 
 
-def options(library: str, nranks: int) -> list[str]:
-    """The launcher's options for ``nranks`` ranks on this machine."""
+def options(library: str, nranks: int, elastic: bool = False) -> list[str]:
+    """The launcher's options for ``nranks`` ranks on this machine; ``elastic``: the job outlives a rank.
+
+    Raises `LauncherError` where the library cannot do that.
+    """
+    if elastic and library != OPEN_MPI:
+        raise LauncherError(f"--elastic: expected Open MPI, whose jobs can outlive a rank, got {library}")
     if library != OPEN_MPI:
         return []
     # Ranks are not bound: two jobs at once would both be bound to the first processors.
     # Open MPI's one-sided UCX component prints an error for every shared window, where UCX finds no network.
     chosen = ["--bind-to", "none", "--map-by", ":oversubscribe", "--mca", "osc", "^ucx"]
+    if elastic:
+        chosen += ["--with-ft", "ulfm"]
     if os.geteuid() == 0:
         chosen.append("--allow-run-as-root")
     if nranks > usable_cpus():
@@ -107,10 +114,10 @@ def options(library: str, nranks: int) -> list[str]:
     return chosen
 
 
-def command(nranks: int, program: Sequence[str]) -> list[str]:
+def command(nranks: int, program: Sequence[str], elastic: bool = False) -> list[str]:
     """The command that runs ``program`` on ``nranks`` ranks; start it in `environment`."""
     mpirun = find_mpirun()
-    return [mpirun, *options(library_of(mpirun), nranks), "-np", str(nranks), *program]
+    return [mpirun, *options(library_of(mpirun), nranks, elastic), "-np", str(nranks), *program]
 
 
 def main() -> None:
@@ -119,12 +126,13 @@ def main() -> None:
         prog="python -m mpicoll.launch", description="Run a program on several ranks of this machine."
     )
     parser.add_argument("-np", type=int, default=2, metavar="N", help="number of ranks (default 2)")
+    parser.add_argument("--elastic", action="store_true", help="the job goes on when a rank dies (Open MPI)")
     parser.add_argument("program", nargs=argparse.REMAINDER, help="the program and its arguments")
     arguments = parser.parse_args()
     if arguments.np < 1 or not arguments.program:
         parser.error("expected: -np N PROGRAM [ARGUMENT ...], with N at least 1")
     try:
-        line = command(arguments.np, arguments.program)
+        line = command(arguments.np, arguments.program, arguments.elastic)
     except LauncherError as error:
         sys.exit(f"mpicoll.launch: {error}")
     print("+", shlex.join(line), file=sys.stderr, flush=True)

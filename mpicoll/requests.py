@@ -10,6 +10,7 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Callable, Iterable, Sequence
+from time import monotonic_ns
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -23,6 +24,7 @@ from mpicoll.transports.hierarchical import HierarchicalPlan
 from mpicoll.transports.messages import BRIEF, PATIENT, MessagePlan
 from mpicoll.transports.shared import Channel, SharedPlan
 from mpicoll.transports.steps import BROKEN
+from mpicoll.watch import What
 
 if TYPE_CHECKING:
     from mpicoll.calls import CallMaker
@@ -39,10 +41,11 @@ _broken_off: list[Call] = []
 class Call:
     """A plan with its buffers' addresses, and what must be done to the memory before and after."""
 
-    __slots__ = ("after", "before", "keep", "key", "plan", "recv", "send")
+    __slots__ = ("after", "before", "keep", "key", "plan", "recv", "send", "what")
 
-    def __init__(self, plan: Plan, key: Any, send: int, recv: int, keep: tuple[Any, ...]) -> None:
+    def __init__(self, plan: Plan, key: Any, what: What, send: int, recv: int, keep: tuple[Any, ...]) -> None:
         self.plan = plan
+        self.what = what  # in words, and what tells its messages from those of other calls
         self.key = key  # what the plan was made for
         self.send = send
         self.recv = recv
@@ -123,6 +126,7 @@ class Request(MPI.Grequest):
     _adopted: bool  # whether a thread that waits has taken the work over
     _complete: bool
     _error: Exception | None
+    _looked: int  # when, in nanoseconds, the progress thread has last asked where the others are
 
     def __new__(cls, call: Call, tag: int, release: Callable[[], None]) -> Request:
         grequest = MPI.Grequest.Start()
@@ -133,6 +137,7 @@ class Request(MPI.Grequest):
         self._turn = threading.Lock()
         self._adopted = self._complete = False
         self._error = None
+        self._looked = monotonic_ns()
         call.bind(tag)
         if call.start():
             self._finish()
@@ -168,9 +173,26 @@ class Request(MPI.Grequest):
         try:
             if not self._adopted:
                 self._advance(SLICE)
+                self._look()
             return self._complete or self._adopted
         finally:
             self._turn.release()
+
+    def _look(self) -> None:
+        """See now and then whether what is waited for will come: nobody may ever call `Wait`."""
+        now = monotonic_ns()
+        if self._complete or now - self._looked < PATIENT:
+            return
+        self._looked = now
+        plan = self._call.plan
+        assert isinstance(plan, MessagePlan)  # the only ones that nonblocking calls have
+        try:
+            plan.check()
+        except Exception as error:
+            self._error = error
+            plan.give_up(error)
+            _broken_off.append(self._call)
+            self._finish()
 
     def _raise_error(self) -> None:
         if self._error is not None:
@@ -240,7 +262,7 @@ class Series:
             call.plan.set_factor(factor)
         if isinstance(call.plan, SharedPlan):
             call.plan.mark(mark)
-        call.bind(self._tag)
+        call.bind(self._tag | call.what.mark)
         before, after = ([PythonTask(f).task] if f is not None else [] for f in (call.before, call.after))
         self.calls.append(call)
         return [*before, *call.plan.tasks, *after]
@@ -259,6 +281,7 @@ class Series:
         """The other ranks of the node learn that nothing more comes from this one."""
         if self.channel is not None and not self.channel.state[BROKEN]:
             self.channel.give_up(f"{type(error).__name__}: {error}")
+        self.maker.watch.give_up(error)
 
     def close(self) -> None:
         """This rank needs the channel no more."""

@@ -47,6 +47,7 @@ from mpicoll.transports.messages import MessagePlan
 from mpicoll.transports.program import Layout, compile_program
 from mpicoll.transports.shared import PATIENT, Channel, SharedPlan, Sizes, reduction
 from mpicoll.transports.steps import BROKEN, NEXT
+from mpicoll.watch import Watch
 
 Stage = Callable[[int], bool]  # goes on for so many nanoseconds; whether it is complete
 
@@ -93,6 +94,12 @@ class Hierarchy:
         """`close`, and free ``node``, too."""
         self.close()
         self._node.Free()
+
+    def attach(self, watch: Watch) -> None:
+        """Let what happens on a node, and between nodes, be looked after with all the rest."""
+        for comm in (self._node, self._across):
+            if comm != MPI.COMM_NULL:
+                watch.attach(comm)
 
     def twin(self) -> Channel:
         """Another channel of this node, for calls that do not wait for other calls; collective.

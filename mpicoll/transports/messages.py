@@ -26,6 +26,7 @@ from mpicoll.kernels.tasks import DONE, PENDING, Task
 from mpicoll.launch import cgroup_cpus
 from mpicoll.transports.machine import CACHED, address_of, read_clock, read_int32
 from mpicoll.transports.program import COLUMNS, Op, Program
+from mpicoll.watch import Waiting, of
 
 # Slots of a plan's state, all int64.
 PC = 0  # the next row
@@ -51,6 +52,7 @@ TIME = 22  # address of a timespec that clock_gettime writes, and the timespec
 SLEEP = 25
 NAP = 26  # address of the timespec that says how long, and the timespec
 STATUS = 29  # address of an MPI_Status that nobody reads, and the status
+EXECUTED = 63  # rows in all
 STATE_SIZE = 64
 
 # Nanoseconds to wait for a message before `_advance` returns to Python.
@@ -127,6 +129,7 @@ def _advance(state, patience):  # type: ignore[no-untyped-def]
         if result != DONE:
             break
         pc += 1
+    s[EXECUTED] += pc - s[PC]
     s[PC] = pc if pc < nrows else 0  # ready for the next start
     return result
 
@@ -189,6 +192,8 @@ class MessagePlan:
         for slot in (FLAG, TIME, NAP, STATUS):
             state[slot] = self._address + 8 * (slot + 1)
         state[NAP + 2] = SHORT_SLEEP
+        self._watch, self._ranks = of(comm)
+        self._waiting = Waiting(self._watch)
         self._memory = memoryview(state.data)  # item assignment at a fraction of NumPy's cost
 
     def retire(self) -> None:
@@ -208,25 +213,49 @@ class MessagePlan:
         memory[BUFFERS] = send
         memory[BUFFERS + 1] = recv
         result = _call_advance(self._address, PATIENT)
-        while result == PENDING:
+        while result != DONE and not self._heed(result, PATIENT):
             result = _call_advance(self._address, PATIENT)
-        if result != DONE:
-            self.fail(result)
 
     def advance(self, patience: int = PATIENT) -> bool:
         """Go on; whether the program has ended.
 
         Returns false when a message has not come for ``patience`` nanoseconds. Raises `MPI.Exception` if MPI
-        reports an error.
+        reports an error, `RankFailedError`, `MismatchError` or `DeadlineError` if waiting is of no use.
         """
-        result = _call_advance(self._address, patience)
-        if result > DONE:
-            self.fail(result)
-        return result == DONE  # type: ignore[no-any-return]
+        return self._heed(_call_advance(self._address, patience), patience)
+
+    def _heed(self, result: int, patience: int) -> bool:
+        """Whether this result means the end of the program; raises what it means otherwise."""
+        try:
+            if result > DONE:
+                self.fail(result)
+            if result == PENDING and patience == PATIENT:
+                self.check()
+        except BaseException as error:
+            self.give_up(error)
+            raise
+        return bool(result == DONE)
+
+    def give_up(self, error: BaseException) -> None:
+        """The others are not to wait for this rank, which has met ``error``."""
+        self._watch.give_up(error)
+
+    def check(self) -> None:
+        """Raise if a rank that is waited for will never come."""
+        self._waiting.look(int(self._state[EXECUTED]), self._describe, self._waits_for)
 
     def fail(self, result: int) -> NoReturn:
         """Raise the error that MPI has reported."""
-        raise MPI.Exception(result)
+        raise self._watch.error_of(MPI.Exception(result))
+
+    def _describe(self) -> str:
+        return self._watch.text_of(int(self._state[TAG]))
+
+    def _waits_for(self) -> tuple[int, ...]:
+        """Whose message, or whose readiness for one, must come next."""
+        done = self._rows[: int(self._state[PC]) + 1]
+        started = done[(done[:, 0] != _WAIT) & (done[:, 1] == done[-1, 1])]
+        return (self._ranks[int(started[-1, 2])],) if done[-1, 0] == _WAIT and len(started) else ()
 
     @property
     def tasks(self) -> list[Task]:

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, NoReturn, TypeVar
 import numpy as np
 from mpi4py import MPI
 
-from mpicoll.faults import MismatchError, RankFailedError
+from mpicoll.faults import FAULTS, MismatchError, RankFailedError
 from mpicoll.kernels import reduce as kernels
 from mpicoll.kernels.tasks import DONE, PENDING, Task
 from mpicoll.schedule import CACHE_LINE
@@ -84,6 +84,7 @@ from mpicoll.transports.steps import (
     VECTORS,
     YIELD,
 )
+from mpicoll.watch import Waiting, Watch, call_text, grouped, of
 
 PATIENT = 20_000_000  # nanoseconds to wait before Python handles signals
 NOT_FAR = np.iinfo(np.int64).max  # bytes that no block has
@@ -131,9 +132,8 @@ def reduction(operation: str, dtype: np.dtype[Any], nranks: int) -> Reduction:
 
 
 def operation_name(number: int) -> str:
-    """The operation and dtype with this number."""
-    operation, dtype = divmod(number - 1, len(_DTYPES))
-    return f"{_NAMES[operation]} of {_DTYPES[dtype]}"
+    """The operation with this number."""
+    return str(_NAMES[(number - 1) // len(_DTYPES)])
 
 
 @cache
@@ -293,18 +293,32 @@ class Channel:
         """Whether ranks read each other's memory outside the arena, too."""
         return bool(self.state[FAR] != NOT_FAR)
 
+    @property
+    def watch(self) -> Watch:
+        """That of the communicator, whose ranks may be more than those of this node."""
+        return of(self.comm)[0]
+
+    def named(self, rank: int) -> int:
+        """Which rank of the watched communicator a rank of this node is."""
+        return of(self.comm)[1][rank]
+
     def check(self, step: int = NO_STEP) -> None:
         """Raise `RankFailedError` if a rank that has not published ``step`` never will."""
         blocks, _, pids = self._tables.tolist()
+        gone, reasons = {}, {}
         for rank in range(self.nranks):
             lines = int64_at(blocks[rank]), int64_at(blocks[rank] + CACHE_LINE)
             if rank == self.rank or max(lines) >= step:
                 continue  # it may well have ended by now: all that it had to give is there
-            reason = ctypes.string_at(blocks[rank] + GIVEN_UP)
-            if reason:
-                raise RankFailedError(f"rank {rank} has broken off a collective: {reason.decode()}")
-            if has_ended(pids[rank]):
-                raise RankFailedError(f"rank {rank} (process {pids[rank]}) has ended")
+            if reason := ctypes.string_at(blocks[rank] + GIVEN_UP).decode(errors="replace"):
+                reasons[self.named(rank)] = reason
+            elif has_ended(pids[rank]):
+                gone[self.named(rank)] = pids[rank]
+        if gone:
+            ended = "; ".join(f"rank {rank} (process {pid}) has ended" for rank, pid in gone.items())
+            raise RankFailedError(ended, tuple(gone))
+        for rank, reason in reasons.items():
+            raise _meaning(rank, reason)
 
     def give_up(self, reason: str) -> None:
         """No further call is possible on any rank; those that wait in one learn of it."""
@@ -313,6 +327,15 @@ class Channel:
         self.state[BROKEN] = GAVE_UP
         text = reason.encode()[: CONTROL - GIVEN_UP - 1] + b"\0"
         self._control[GIVEN_UP : GIVEN_UP + len(text)] = np.frombuffer(text, np.uint8)
+
+
+def _meaning(rank: int, reason: str) -> Exception:
+    """What this rank raises where ``rank`` has broken a collective off."""
+    name, _, text = reason.partition(": ")
+    for fault in FAULTS:
+        if fault.__name__ == name:
+            return fault(text)  # it has met what all ranks meet
+    return RankFailedError(f"rank {rank} has broken off a collective: {reason}")
 
 
 def int64_at(address: int) -> int:
@@ -353,6 +376,7 @@ class SharedPlan:
         words[AVERAGE], words[NARROW] = reduction.average, reduction.narrow
         self.address = words.ctypes.data
         self._memory = memoryview(words.data)  # item assignment at a fraction of NumPy's cost
+        self._waiting: Waiting | None = None
 
     def set_up(self, collective: str, count: int, root: int = 0) -> SharedPlan:
         """For blocks that are equally large: ``count`` elements, or bytes where nothing is added."""
@@ -418,8 +442,15 @@ class SharedPlan:
             raise
 
     def check(self) -> None:
-        """Raise `RankFailedError` if a rank that is waited for will never come."""
-        self.channel.check(int(self.words[BASE] + self.words[STEP]) - 1)
+        """Raise if a rank that is waited for will never come."""
+        step = int(self.words[BASE] + self.words[STEP])
+        self.channel.check(step - 1)
+        if self._waiting is None:
+            self._waiting = Waiting(self.channel.watch)
+        self._waiting.look(step, self._describe, tuple)
+
+    def _describe(self) -> str:
+        return describe(self.words[CALL], self.words[SIZE])
 
     @property
     def tasks(self) -> list[Task]:
@@ -442,18 +473,23 @@ class SharedPlan:
         words = self.words
         if self.channel.state[BROKEN]:
             return
-        if waiting and words[STEP] == words[LAST] > 0 and not words[DIRECT] and not words[LENT]:
+        finished = words[STEP] == words[LAST] > 0 and not words[DIRECT] and not words[LENT]
+        if waiting and finished and not isinstance(error, FAULTS):
             # The others have all that they need from this rank: it may go on to the next call.
             self.channel.state[NEXT] = words[BASE] + words[LAST]
             words[STEP] = 0
         else:
             self.channel.give_up(f"{type(error).__name__}: {error}")
+            self.channel.watch.give_up(error)
 
     def fail(self, result: int) -> NoReturn:
         """Raise the error that `advance` of compiled code has met."""
         culprit = int(self.words[CULPRIT])
         if result == CLOSED and self.channel.state[BROKEN] == FREED:
             raise RuntimeError("this communicator has been freed")
+        watch = self.channel.watch
+        if result == CLOSED and watch.failure is not None:
+            raise watch.failure.error()
         if result == CLOSED:
             raise RankFailedError(
                 "a collective of this communicator was broken off, so no further one is possible: use "
@@ -461,18 +497,32 @@ class SharedPlan:
             )
         if result == UNREADABLE:
             raise OSError(f"the memory of rank {culprit} could not be read")
-        line = self.channel._tables[0][culprit] + (int(self.words[BASE]) & 1) * CACHE_LINE
-        theirs = np.frombuffer(ctypes.string_at(int(line), CACHE_LINE), np.int64)
-        raise MismatchError(
-            f"rank {self.channel.rank} is in {describe(self.words[CALL], self.words[SIZE])}, "
-            f"rank {culprit} in {describe(theirs[LINE_CALL], theirs[LINE_SIZE])}"
-        )
+        watch.failed_in(self._describe())
+        doings = watch.ask_all()
+        places = {rank: str(doing) for rank, doing in enumerate(doings)}
+        for rank in range(self.channel.nranks):
+            line = self.channel._tables[0][rank] + (int(self.words[BASE]) & 1) * CACHE_LINE
+            theirs = np.frombuffer(ctypes.string_at(int(line), CACHE_LINE), np.int64)
+            if theirs[0] == self.words[BASE]:
+                name = self.channel.named(rank)
+                text = describe(theirs[LINE_CALL], theirs[LINE_SIZE])
+                places[name] = f"in {text}" + (f" at {doings[name].line}" if doings[name].line else "")
+        raise MismatchError(f"the ranks are in different calls: {grouped(places)}")
+
+
+ROOTED = ("reduce", "broadcast", "gather", "scatter")
 
 
 def describe(code: int, size: int) -> str:
     """A call as a person would write it, from what a control line says."""
     call = int(code) % (1 << MARK_AT)
-    collective, root, operation = call & 255, call >> 8 & 0xFFFFFF, call >> 32
-    what = f"{size} bytes" if operation == 0 else f"{operation_name(operation)}, {size} elements"
-    mark = f", sizes #{int(code) >> MARK_AT}" if int(code) >> MARK_AT else ""
-    return f"{COLLECTIVES[collective]}({what}, root={root}{mark})"
+    collective, root, operation = COLLECTIVES[call & 255], call >> 8 & 0xFFFFFF, call >> 32
+    dtype = f"{_DTYPES[(operation - 1) % len(_DTYPES)]}[{size}]"
+    data = (
+        (f"{size} bytes" if collective != "barrier" else "",)
+        if operation == 0
+        else (dtype, operation_name(operation))
+    )
+    rooted = f"root={root}" if collective in ROOTED else ""
+    mark = f"sizes #{int(code) >> MARK_AT}" if int(code) >> MARK_AT else ""
+    return call_text(collective, *data, rooted, mark)
