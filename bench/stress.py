@@ -1,11 +1,16 @@
 """Calls without end, whose results must be right.
 
     python -m mpicoll.launch -np 4 python -m mpicoll.bench.stress --seconds 120 --calls 1000000
+    python -m mpicoll.launch -np 4 python -m mpicoll.bench.stress --random-calls 100000 --seconds 3600
 
 Two kinds, one after the other. Random calls: collective, dtype, operation, size, root, memory and form are
-drawn from a seed, and the MPI library does the same call, whose result ours must equal byte for byte. Small
-calls: very many in quick succession, each one's result known beforehand. What differs ends the job with the
-call, the rank, the index, what was expected and what came; the seed brings it back.
+drawn from a seed, and the MPI library does the same call, whose result ours must equal byte for byte; the
+communicator is a new one now and then. Small calls: very many in quick succession, each one's result known
+beforehand. What differs ends the job with the call, the rank, the index, what was expected and what came; the
+seed brings it back.
+
+Nothing may be left behind: what each process holds after `WARM_UP` random calls may not have grown by the
+end of them beyond `allowed_growth`. A leak of 300 bytes a call shows in 100,000 calls of up to 64 KiB.
 """
 
 from __future__ import annotations
@@ -15,7 +20,7 @@ import math
 import random
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +33,17 @@ from mpicoll.kernels.reduce import supports
 from mpicoll.communicator import Communicator
 from mpicoll.faults import abort_on_exception
 
+from .holdings import Holdings, growth, holdings
+
 Array = npt.NDArray[Any]
 
 LARGEST = 4 << 20  # bytes of a rank's block
 GUARD = 8  # elements around every array that must stay
 GUARD_BYTE = 0xA5
 TOGETHER = 16  # random calls between two looks at the clock
+STRETCH = 32 * TOGETHER  # random calls on one communicator
+WARM_UP = 4 * STRETCH  # random calls until caches are full, and the allocator has what it needs
+MEMORY = 24 << 20  # bytes: what caches and the allocator may still take then
 SMALL_TOGETHER = 2000  # small ones
 REPORT = 5.0  # seconds between two lines
 
@@ -57,6 +67,10 @@ FORMS = ("blocking",) * 8 + ("persistent", "nonblocking")
 
 class Difference(AssertionError):
     """A result that is not what it should be."""
+
+
+class Growth(AssertionError):
+    """A process holds more than it should."""
 
 
 @dataclass(frozen=True)
@@ -204,16 +218,49 @@ def compare(got: Array, expected: Array, about: str) -> None:
     )
 
 
-def random_calls(comm: Communicator, seconds: float, seed: int, largest: int = LARGEST) -> Iterator[int]:
-    """Go on for ``seconds``; gives how many calls there have been, now and then."""
-    native, common, own = MPI.Intracomm(comm), random.Random(seed), random.Random(f"{seed} {comm.rank}")
+def random_calls(
+    comm: Communicator, seconds: float, seed: int, largest: int = LARGEST, calls: float = math.inf
+) -> Iterator[int]:
+    """Go on for ``seconds``, or ``calls`` calls; gives how many there have been, now and then."""
+    common, own = random.Random(seed), random.Random(f"{seed} {comm.rank}")
     until = time.monotonic() + seconds
     number = 0
-    while native.bcast(time.monotonic() < until):
+    part = comm.Dup()
+    while number < calls and MPI.Intracomm(comm).bcast(time.monotonic() < until):
+        if number % STRETCH == 0:
+            part.Free()
+            part = comm.Split(key=common.choice((-1, 1)) * comm.rank)
         for _ in range(TOGETHER):
-            check(draw(common, number, comm.size, largest), comm, native, seed, own)
+            check(draw(common, number, comm.size, largest), part, MPI.Intracomm(part), seed, own)
             number += 1
         yield number
+    part.Free()
+
+
+def watched(numbers: Iterator[int], warm_up: int, found: list[Holdings]) -> Iterator[int]:
+    """``numbers``; what this process holds after ``warm_up`` calls, and at the end, goes to ``found``."""
+    for number in numbers:
+        if number >= warm_up and not found:
+            found.append(holdings())
+        yield number
+    found.append(holdings())
+
+
+def allowed_growth(nranks: int, largest: int) -> Holdings:
+    """The allocator may keep a call's arrays: two buffers, what is expected in them, and the input again."""
+    return Holdings(memory=MEMORY + 6 * nranks * largest, descriptors=4, shared=4, threads=1)
+
+
+def check_growth(comm: Communicator, found: list[Holdings], largest: int) -> list[dict[str, Any]] | None:
+    """What each rank held before and at the end, where there were enough calls. Raises `Growth`."""
+    if len(found) < 2:
+        return None
+    before, after = found
+    grown = growth(before, after, allowed_growth(comm.size, largest))
+    if grown:
+        raise Growth(f"rank {comm.rank} of {comm.size} holds more than after the warm-up: {'; '.join(grown)}")
+    held: list[dict[str, Any]] = comm.allgather({"before": asdict(before), "after": asdict(after)})
+    return held
 
 
 def small_calls(comm: Communicator, calls: int, seconds: float = math.inf) -> Iterator[int]:
@@ -253,14 +300,25 @@ def follow(comm: Communicator, what: str, numbers: Iterator[int]) -> int:
 
 
 @click.command()
-@click.option("--seconds", default=120.0, show_default=True, help="Of random calls.")
+@click.option("--seconds", default=120.0, show_default=True, help="Of random calls, at most.")
+@click.option("--random-calls", "at_most", type=int, help="Random calls, at most; by default as time allows.")
 @click.option("--calls", default=1_000_000, show_default=True, help="Small calls after that.")
 @click.option("--seed", type=int, help="Of the random calls; by default another one each time.")
 @click.option("--largest", default=LARGEST, show_default=True, help="Bytes of a rank's block, at most.")
+@click.option(
+    "--warm-up", default=WARM_UP, show_default=True, help="Random calls that may leave something behind."
+)
 @click.option("--transport", default="auto", show_default=True, help="As in mpicoll.Communicator.")
 @click.option("--json", "file", type=click.Path(path_type=Path), help="Write what was done to this file.")
 def main(
-    seconds: float, calls: int, seed: int | None, largest: int, transport: str, file: Path | None
+    seconds: float,
+    at_most: int | None,
+    calls: int,
+    seed: int | None,
+    largest: int,
+    warm_up: int,
+    transport: str,
+    file: Path | None,
 ) -> None:
     """Random collectives beside the MPI library's own, then many small ones; all must be right."""
     world = MPI.COMM_WORLD
@@ -278,16 +336,24 @@ def main(
             "transport": transport,
             "largest": largest,
         }
-        report["random_calls"] = follow(comm, "random calls", random_calls(comm, seconds, seed, largest))
+        found: list[Holdings] = []
+        numbers = random_calls(comm, seconds, seed, largest, math.inf if at_most is None else at_most)
+        report["random_calls"] = follow(comm, "random calls", watched(numbers, warm_up, found))
+        report["holdings"] = check_growth(comm, found, largest)
         report["small_calls"] = follow(comm, "small calls", small_calls(comm, calls))
         report["seconds"] = round(time.monotonic() - began, 1)
         comm.Free()
         if comm.rank == 0:
-            click.echo(
-                f"all right: {report['random_calls']} random calls, {report['small_calls']} small calls"
-            )
-            if file is not None:
-                file.write_text(json.dumps(report, indent=1) + "\n")
+            conclude(report, file)
+
+
+def conclude(report: dict[str, Any], file: Path | None) -> None:
+    click.echo(f"all right: {report['random_calls']} random calls, {report['small_calls']} small calls")
+    for rank, held in enumerate(report["holdings"] or ()):
+        changes = [f"{name} {value} -> {held['after'][name]}" for name, value in held["before"].items()]
+        click.echo(f"rank {rank} after the warm-up -> at the end: {', '.join(changes)}")
+    if file is not None:
+        file.write_text(json.dumps(report, indent=1) + "\n")
 
 
 if __name__ == "__main__":

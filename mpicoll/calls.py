@@ -96,7 +96,8 @@ class CallMaker:
     """Makes the calls of one communicator. ``private`` carries our messages, apart from the user's.
 
     ``channel`` leads to the ranks' shared memory, ``hierarchy`` to that of each node, where there are
-    several. Without them everything travels in messages; ``no_hierarchy`` says why there is none.
+    several. Without them everything travels in messages; ``no_hierarchy`` says why there is none, and
+    ``network`` whether there are several nodes.
     """
 
     def __init__(
@@ -107,11 +108,13 @@ class CallMaker:
         channel: Channel | None = None,
         hierarchy: Hierarchy | None = None,
         no_hierarchy: str | None = None,
+        network: bool = False,
     ) -> None:
         self._private = private
         self._channel = channel
         self._hierarchy = hierarchy
         self._no_hierarchy = no_hierarchy
+        self._network = network
         self.rank = private.Get_rank()
         self.nranks = private.Get_size()
         self._spins = spins
@@ -207,7 +210,8 @@ class CallMaker:
         elif recvcounts is None:
             if in_place:
                 raise ValueError("recvcounts: expected a count for each rank with IN_PLACE, got None")
-            recvcounts = self._private.allgather(recv.count)
+            with self.watch.understanding():
+                recvcounts = self._private.allgather(recv.count)
         counts = [int(count) for count in recvcounts]
         if len(counts) != self.nranks or min(counts) < 0:
             raise ValueError(f"recvcounts: expected {self.nranks} counts of 0 or more, got {counts}")
@@ -521,7 +525,7 @@ class CallMaker:
         self, schedule: Schedule, layout: Layout, itemsize: int = 1, kernel: int = 0, scale: int = 0
     ) -> Plan:
         nbytes = int(layout.counts.sum()) * itemsize
-        pipeline = tuning.pipeline(self.nranks, nbytes)
+        pipeline = tuning.pipeline(self.nranks, nbytes, self._network)
         program = compile_program(schedule, self.rank, layout, itemsize, pipeline, average=bool(scale))
         return MessagePlan(program, self._private, self._spins, kernel, scale)
 
@@ -562,7 +566,7 @@ class CallMaker:
         nodes = self._hierarchy
         if nodes and tuning.hierarchical_pays(collective, nodes.nnodes, nbytes):
             return HIERARCHICAL
-        return tuning.choose(collective, self.nranks, nbytes)
+        return tuning.choose(collective, self.nranks, nbytes, self._network)
 
     def _check_root(self, root: int) -> None:
         if not isinstance(root, (int, np.integer)):

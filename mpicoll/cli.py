@@ -21,9 +21,10 @@ from rich.progress import Progress
 from rich.table import Table
 
 from mpicoll import algorithms
+from mpicoll.algorithms.hierarchical import NAME, Topology
 from mpicoll.reproducible import OrderProof, verify_orders
 from mpicoll.schedule import COLLECTIVES
-from mpicoll.verify import Row, ScheduleError, rank_list, verify, verify_all
+from mpicoll.verify import Row, ScheduleError, rank_list, verify, verify_all, verify_hierarchical
 
 ORDER_UP_TO = 16  # ranks; a sum over more does not fit on a line
 MAX_RANKS = 100_000  # more is a typing error: the largest machines have fewer nodes
@@ -58,6 +59,15 @@ def _ranks_option(ctx: click.Context, param: click.Parameter, text: str) -> list
         raise click.BadParameter(str(error)) from None
 
 
+def _nodes_option(ctx: click.Context, param: click.Parameter, text: str | None) -> Topology | None:
+    if text is None:
+        return None
+    sizes = [part.strip() for part in text.split(",")]
+    if not all(size.isdecimal() and 1 <= int(size) <= MAX_RANKS for size in sizes):
+        raise click.BadParameter(f"expected the number of ranks of each node, such as 2,3; got {text!r}")
+    return Topology.of_sizes([int(size) for size in sizes])
+
+
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="mpicoll")
 def main() -> None:
@@ -89,6 +99,12 @@ def main() -> None:
     type=click.IntRange(1, MAX_RANKS),
     help="Prove that sums of N shards have the same order at all rank counts; for allreduce.",
 )
+@click.option(
+    "--nodes",
+    metavar="LIST",
+    callback=_nodes_option,
+    help="Ranks of each node, such as 2,3; for --algorithm hierarchical.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
 def verify_command(
     collective: str | None,
@@ -96,6 +112,7 @@ def verify_command(
     everything: bool,
     ranks: list[int],
     shards: int | None,
+    nodes: Topology | None,
     as_json: bool,
 ) -> None:
     """Prove that algorithms compute their collective, symbolically and without MPI.
@@ -109,6 +126,9 @@ def verify_command(
 
     For one algorithm at one number of ranks (up to 16) the order of the sums is shown, too.
 
+    With --nodes, the proof is of what several nodes do, in the memory of each and in messages between them,
+    with every algorithm that there is between nodes.
+
     With --shards, the proof is of what reproducible training does: every algorithm, at every number of ranks,
     adds N shards by one and the same tree, to the same bits. The table shows what that costs.
 
@@ -117,22 +137,30 @@ def verify_command(
       mpicoll verify --all
       mpicoll verify allreduce --algorithm rabenseifner --ranks 6
       mpicoll verify broadcast --ranks 1-16,100 --json
+      mpicoll verify allreduce --algorithm hierarchical --nodes 2,3
       mpicoll verify allreduce --shards 8 --ranks 1-8
     """
-    _check_selection(collective, algorithm, everything)
+    _check_nodes(collective, algorithm, nodes, shards)
+    if nodes is None:
+        _check_selection(collective, algorithm, everything)
     if shards is not None:
         _verify_order(shards, collective, algorithm, _at_most(shards, ranks), as_json)
         return
     started = time.perf_counter()
     try:
         with _Progress() as progress:
-            rows = verify_all(ranks, None if collective is None else [collective], algorithm, progress.show)
+            if nodes is not None:
+                ranks = [nodes.nranks]
+                rows = verify_hierarchical(str(collective), nodes, progress.show)
+            else:
+                chosen = None if collective is None else [collective]
+                rows = verify_all(ranks, chosen, algorithm, progress.show)
     except ScheduleError as error:
         _report_failure(error, as_json)
         sys.exit(1)
     seconds = time.perf_counter() - started
     single = collective is not None and algorithm is not None and len(ranks) == 1 and ranks[0] <= ORDER_UP_TO
-    orders = _orders(str(collective), str(algorithm), ranks[0]) if single else []
+    orders = _orders(str(collective), str(algorithm), ranks[0], nodes) if single else []
     if as_json:
         result = {"ok": True, "seconds": seconds, "results": [asdict(row) for row in rows], "orders": orders}
         click.echo(json.dumps(result, indent=2))
@@ -144,6 +172,29 @@ def verify_command(
         click.echo(
             f"chunks {rank_list(order['chunks'])} on ranks {rank_list(order['ranks'])}: {order['order']}"
         )
+
+
+def _check_nodes(
+    collective: str | None, algorithm: str | None, nodes: Topology | None, shards: int | None
+) -> None:
+    """Whether --nodes, --algorithm and COLLECTIVE go together."""
+    if (nodes is not None) != (algorithm == NAME):
+        given = f"--algorithm {algorithm}" if algorithm is not None else "no --algorithm"
+        raise click.BadParameter(
+            f"expected together with --algorithm {NAME}, and only with it; got {given}",
+            param_hint="--nodes",
+        )
+    if nodes is None:
+        return
+    if collective not in algorithms.HIERARCHICAL:
+        allowed = ", ".join(algorithms.HIERARCHICAL)
+        raise click.BadParameter(
+            f"expected COLLECTIVE to be one of {allowed}; got {collective}", param_hint="--nodes"
+        )
+    asked = click.get_current_context().get_parameter_source("ranks") != ParameterSource.DEFAULT
+    if shards is not None or asked:
+        surplus = "--ranks" if asked else "--shards"
+        raise click.BadParameter(f"expected no {surplus} beside it", param_hint="--nodes")
 
 
 def _check_selection(collective: str | None, algorithm: str | None, everything: bool) -> None:
@@ -237,11 +288,18 @@ def _report_failure(error: ScheduleError, as_json: bool) -> None:
         click.echo(json.dumps(result, indent=2))
 
 
-def _orders(collective: str, algorithm: str, nranks: int) -> list[dict[str, Any]]:
-    """The order of every sum, once for all chunks and ranks that share it; none where nothing is summed."""
+def _orders(collective: str, algorithm: str, nranks: int, nodes: Topology | None) -> list[dict[str, Any]]:
+    """The order of every sum, once for all chunks and ranks that share it; none where nothing is summed.
+
+    Of several algorithms between nodes, the first one's.
+    """
     if not COLLECTIVES[collective].reduces:
         return []
-    proof = verify(algorithms.schedule(collective, algorithm, nranks))
+    if nodes is not None:
+        across = algorithms.names(collective)[0]
+        proof = verify(algorithms.hierarchical_schedule(collective, nodes, across))
+    else:
+        proof = verify(algorithms.schedule(collective, algorithm, nranks))
     found: dict[str, dict[str, Any]] = {}
     for rank in range(nranks):
         for chunk in proof.schedule.outputs(rank).tolist():

@@ -15,8 +15,10 @@ from mpi4py import MPI
 from mpicoll import algorithms, fastcalls, tuning
 from mpicoll.calls import HIERARCHICAL, SHARED, CallMaker, Operation
 from mpicoll.fastcalls import FastMethod
+from mpicoll.fastmessages import KnownMethod
 from mpicoll.faults import RankFailedError, outlives_ranks
 from mpicoll.grouped import ManyCalls
+from mpicoll.placement import check_world
 from mpicoll.repeated import RepeatedCalls, signature
 from mpicoll.requests import Call, PersistentCall, Request, Series
 from mpicoll.transports import hierarchical
@@ -24,7 +26,7 @@ from mpicoll.transports.arena import new_array
 from mpicoll.transports.hierarchical import HierarchicalPlan, Hierarchy
 from mpicoll.transports.messages import count_cores
 from mpicoll.transports.shared import Channel, Reduction, SharedPlan
-from mpicoll.watch import Watch, checked_timeout, timeout_from
+from mpicoll.watch import Watch, What, checked_timeout, timeout_from
 
 ONE_SHOT_TAGS = 16_384  # they count from 0, and begin anew long after a call with the same tag has ended
 TRANSPORTS = ("auto", "shared", "messages")
@@ -52,6 +54,8 @@ def _blocking(prepare: _Prepare, native: Callable[..., None], remembered: bool =
             return
         call.run(self._next_tag(call))
         self._learn(prepare.__name__, call, args, kwargs)
+        if self._know(prepare.__name__, call, args, kwargs):
+            return
         if not (remembered and self._repeated.remember(key, call, args)):
             self._maker.release(call)
 
@@ -128,7 +132,11 @@ class Communicator(MPI.Intracomm):
     collectives than those here are MPI's own.
 
     Arguments are checked before anything is sent: TypeError and ValueError name the argument, what it was
-    and what is allowed. What goes wrong in MPI is an `MPI.Exception`.
+    and what is allowed. What goes wrong in MPI is an `MPI.Exception`. Ranks that are in different calls get a
+    `MismatchError`, ranks that wait for one that has ended a `RankFailedError`, and those that wait for more
+    than ``timeout`` seconds (by default ``MPICOLL_TIMEOUT``; 0: for ever) without progress a `DeadlineError`;
+    no further collective is possible then, except on communicators made before. Where every process of a
+    job believes to be rank 0 of 1, making one is a `mpicoll.placement.LaunchError`.
 
     Source of the interface: mpi4py's ``Comm`` and ``Intracomm``.
     """
@@ -161,6 +169,7 @@ class Communicator(MPI.Intracomm):
             raise ValueError(
                 f"algorithm: expected auto or one of {', '.join(sorted(known))}; got {algorithm!r}"
             )
+        check_world(MPI.COMM_WORLD.Get_size(), os.environ, MPI.Get_library_version())
         self._owned = False  # whether the communicator itself, not only what we added, is ours to free
         self._algorithm = algorithm
         self._transport = transport
@@ -184,7 +193,8 @@ class Communicator(MPI.Intracomm):
         self._watch = Watch(self._private, MPI.Intracomm(self), self._timeout)
         self._watch.attach(self._private)
         node = hierarchical.node_of(self._private)
-        cores = count_cores(node)
+        cores = min(count_cores(node), hierarchical.share_of_cores(self._private, node))
+        network = node.Get_size() < self.Get_size()
         spins = 0 if node.Get_size() > cores else 1000
         self._channel: Channel | None = None
         self._hierarchy: Hierarchy | None = None
@@ -194,10 +204,10 @@ class Communicator(MPI.Intracomm):
         if self._transport == "shared" and reason is not None:
             raise RuntimeError(f"transport: expected auto or messages, got shared, but {reason}")
         self._used = self._describe(reason)
-        self._make_callers(spins, reason)
+        self._make_callers(spins, reason, network)
         self._repeated = RepeatedCalls(self._maker.release)
+        self._number = np.zeros(1, np.int64)  # of the last call in messages
         self._quicken()
-        self._tag = 0
         self._persistent_tag = 0
         self._many = ManyCalls(self._maker, self._channel, self._take_persistent_tag())
 
@@ -210,6 +220,7 @@ class Communicator(MPI.Intracomm):
             channel = Channel(self._private, sizes)
             if channel.reason is None:
                 self._channel = channel
+                self._watch.breaks(channel)
             return channel.reason
         if self._transport == "shared":
             return "the ranks are on several nodes"
@@ -228,18 +239,17 @@ class Communicator(MPI.Intracomm):
             reads = "yes" if self._channel.reads_foreign_memory else "no"
             return f"shared memory (memory files; other ranks' memory is read directly: {reads})"
         if self._hierarchy is not None:
-            nodes = f"shared memory on {self._hierarchy.nnodes} nodes, messages between"
-            return f"hierarchical: {nodes}; all but large allreduces in messages only"
+            return f"hierarchical: shared memory on {self._hierarchy.nnodes} nodes, messages between"
         return f"messages, because {reason}"
 
-    def _make_callers(self, spins: int, reason: str | None) -> None:
+    def _make_callers(self, spins: int, reason: str | None, network: bool) -> None:
         """What prepares calls: the nonblocking ones, which only messages can do, and all others."""
         default = "auto" if self._algorithm in (SHARED, HIERARCHICAL) else self._algorithm
         unable = "nonblocking calls only send messages"
-        self._messages = CallMaker(self._private, spins, default, no_hierarchy=unable)
+        self._messages = CallMaker(self._private, spins, default, no_hierarchy=unable, network=network)
         why = "all ranks are on one node" if self._channel is not None else reason
         self._maker = CallMaker(
-            self._private, spins, self._algorithm, self._channel, self._hierarchy, no_hierarchy=why
+            self._private, spins, self._algorithm, self._channel, self._hierarchy, why, network
         )
 
     @property
@@ -248,25 +258,41 @@ class Communicator(MPI.Intracomm):
         return self._used
 
     def _quicken(self) -> None:
-        """Put compiled methods before the Python methods of the same names, where memory is shared."""
+        """Put compiled methods before the Python methods of the same names."""
         self._fast: dict[str, FastMethod] = {}
-        if self._channel is None or not fastcalls.available():
+        self._known: dict[str, KnownMethod] = {}
+        if not fastcalls.available():
             return
-        plan = SharedPlan(self._channel)
+        plan = SharedPlan(self._channel) if self._channel is not None else None
         for name in fastcalls.METHODS:
             if getattr(type(self), name) is not getattr(Communicator, name):
                 continue  # a subclass does it in its own way
-            fast = FastMethod(name, plan, getattr(self, name))
-            self._fast[name.lower()] = fast
-            setattr(self, name, fast.call)
+            slow = getattr(self, name)
+            if plan is not None:
+                fast = self._fast[name.lower()] = FastMethod(name, plan, slow)
+                setattr(self, name, fast.call)
+            else:
+                known = self._known[name.lower()] = KnownMethod(name, slow, self._number, ONE_SHOT_TAGS)
+                setattr(self, name, known.call)
 
     def _next_tag(self, call: Call) -> int:
         """A tag for a call; those that need none must not count, for some are compiled and cannot."""
         if not call.plan.tagged:
             return 0
-        self._tag = (self._tag + 1) % ONE_SHOT_TAGS
-        self._watch.begin(self._tag, call.what)
-        return self._tag | call.what.mark
+        self._number[0] = number = (int(self._number[0]) + 1) % ONE_SHOT_TAGS
+        self._watch.begin(number, call.what)
+        return number | call.what.mark
+
+    def _begin(self, what: What) -> None:
+        """A call has begun that compiled code has numbered."""
+        self._watch.begin(int(self._number[0]), what)
+
+    def _know(self, name: str, call: Call, args: tuple[Any, ...], named: Mapping[str, Any]) -> bool:
+        """Whether the compiled method does calls like this one, in messages, from now on."""
+        known = self._known.get(name)
+        if known is None or named.keys() - {"op", "root"}:
+            return False
+        return known.learn(call, self._begin, args, named)
 
     def _learn(self, name: str, call: Call, args: tuple[Any, ...], named: Mapping[str, Any]) -> None:
         """Let the compiled method do calls like this one from now on."""
@@ -299,12 +325,14 @@ class Communicator(MPI.Intracomm):
 
         The communicator that was passed to the constructor stays its owner's.
         """
-        if self._watch.failure is not None:
-            return  # whatever is collective would wait for ranks that do not come any more
-        if self._channel is not None:
+        failure = self._watch.failure
+        if self._channel is not None and failure is None:
             self._channel.close()
-        if self._hierarchy is not None:
+        if self._hierarchy is not None and failure is None:
             self._hierarchy.free()
+        self._watch.close()
+        if failure is not None and failure.dead:
+            return  # MPI would wait for ranks that do not come any more
         self._private.Free()
         if self._owned:
             super().Free()
@@ -314,7 +342,7 @@ class Communicator(MPI.Intracomm):
 
         To be called when a collective has raised `RankFailedError`, which the others get from theirs, too.
         From then on this communicator, those made from it, and what was set up on it are of no use; `Free` on
-        it does nothing. Ranks that end meanwhile are left out, too. Needs an MPI that lets a job outlive a
+        it waits for nobody. Ranks that end meanwhile are left out, too. Needs an MPI that lets a job outlive a
         rank, Open MPI started by ``mpirun --with-ft ulfm``; raises RuntimeError elsewhere.
         """
         if not outlives_ranks():

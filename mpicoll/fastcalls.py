@@ -23,7 +23,7 @@ from mpi4py import MPI
 from numba import njit, types
 
 from mpicoll.kernels.memory import call, call_long, int64s
-from mpicoll.kernels.tasks import DONE
+from mpicoll.kernels.tasks import DONE, Task
 from mpicoll.transports import steps
 from mpicoll.transports.machine import CACHED, address_of
 from mpicoll.transports.shared import PATIENT, Reduction, SharedPlan
@@ -192,14 +192,25 @@ def _number(s, thing):  # type: ignore[no-untyped-def]
 
 @njit
 def _parse(s, args, nargs, names):  # type: ignore[no-untyped-def]
-    """Find buffers, operation and root among the arguments, and set the job up; -1 for no plain call."""
+    """Set up the job of a call; -1 for no plain call."""
+    nbuffers, operation, root = _arguments(s, args, nargs, names)
+    if nbuffers < 0:
+        return -1
+    return _set_up(s, int64s(args), nbuffers, operation, root)
+
+
+@njit
+def _arguments(s, args, nargs, names):  # type: ignore[no-untyped-def]
+    """How many buffers the arguments begin with, -1 for no plain call; operation and root."""
+    none = types.int64(0)
+    unknown = (types.int64(-1), none, none)
     collective = s[COLLECTIVE]
     given = int64s(args)
-    nbuffers = 0 if collective == BARRIER else 1 if collective == BROADCAST else 2
+    nbuffers = types.int64(0 if collective == BARRIER else 1 if collective == BROADCAST else 2)
     reduces = collective <= REDUCE_SCATTER
     if nargs < nbuffers:
-        return -1
-    operation = s[SUM] if reduces else 0
+        return unknown
+    operation = s[SUM] if reduces else none
     root = types.int64(0)
     at = nbuffers
     if reduces and at < nargs:
@@ -209,7 +220,7 @@ def _parse(s, args, nargs, names):  # type: ignore[no-untyped-def]
         root = _number(s, given[at])
         at += 1
     if at < nargs:
-        return -1
+        return unknown
     if names != 0:
         for index in range(int64s(names)[ITEMS - 1]):
             name, value = int64s(names)[ITEMS + index], given[nargs + index]
@@ -218,8 +229,8 @@ def _parse(s, args, nargs, names):  # type: ignore[no-untyped-def]
             elif name == s[ROOT_NAME] and (collective in (REDUCE, BROADCAST)):
                 root = _number(s, value)
             else:
-                return -1
-    return _set_up(s, given, nbuffers, operation, root)
+                return unknown
+    return nbuffers, operation, root
 
 
 @njit
@@ -322,7 +333,7 @@ def _functions() -> dict[int, int]:
     found = {INCREF: api.Py_IncRef, VECTORCALL: api.PyObject_Vectorcall, AS_LONG: api.PyLong_AsLong}
     found |= {RELEASE_GIL: api.PyEval_SaveThread, TAKE_GIL: api.PyEval_RestoreThread}
     addresses = {slot: address_of(function) for slot, function in found.items()}
-    return addresses | {ADVANCE: steps.ADVANCE, SET_UP: steps.SET_UP}
+    return addresses | {SET_UP: steps.SET_UP}
 
 
 _OBJECTS = {
@@ -337,14 +348,16 @@ _OBJECTS = {
 }
 
 
-def _new_state(plan: SharedPlan, slow: Callable[..., Any], finish: Callable[[], Any]) -> _State:
-    state = np.zeros(STATE_SIZE, np.int64).view(_State)
-    state.owned = (plan, slow, finish)
-    state[JOB], state[SLOW], state[FINISH] = plan.address, id(slow), id(finish)
+def _new_state(
+    task: Task, slow: Callable[..., Any], finish: Callable[[], Any], size: int = STATE_SIZE
+) -> _State:
+    state = np.zeros(size, np.int64).view(_State)
+    state.owned = (task, slow, finish)
     for slot, thing in _OBJECTS.items():
         state[slot] = id(thing)
     for slot, address in _functions().items():
         state[slot] = address
+    state[JOB], state[ADVANCE], state[SLOW], state[FINISH] = task.state, task.function, id(slow), id(finish)
     return state
 
 
@@ -402,7 +415,7 @@ class FastMethod:
     """A compiled collective, ``call``, before the Python method ``slow`` of the same name."""
 
     def __init__(self, name: str, plan: SharedPlan, slow: Callable[..., None]) -> None:
-        self._state = _new_state(plan, slow, plan.finish)
+        self._state = _new_state(plan.tasks[0], slow, plan.finish)
         self._state[COLLECTIVE] = METHODS[name]
         self.call = _method(name, _call_collective, self._state, slow.__doc__)
 
@@ -422,15 +435,13 @@ class FastMethod:
 
 
 class FastStart:
-    """Compiled ``start`` and ``wait`` of a persistent call, before the Python methods ``slow_...``.
+    """Compiled ``start`` and ``wait`` of a persistent call's ``task``, before the methods ``slow_...``.
 
     ``state[ACTIVE]`` says whether the call is under way.
     """
 
-    def __init__(
-        self, plan: SharedPlan, slow_start: Callable[[], None], slow_wait: Callable[[], bool]
-    ) -> None:
-        state = _new_state(plan, slow_start, slow_wait)
+    def __init__(self, task: Task, slow_start: Callable[[], None], slow_wait: Callable[[], bool]) -> None:
+        state = _new_state(task, slow_start, slow_wait)
         self.state = state
         self.start = _method("Start", _start, state, slow_start.__doc__)
         self.wait = _method("Wait", _wait, state, slow_wait.__doc__)

@@ -105,7 +105,9 @@ def options(library: str, nranks: int, elastic: bool = False) -> list[str]:
     # Open MPI's one-sided UCX component prints an error for every shared window, where UCX finds no network.
     chosen = ["--bind-to", "none", "--map-by", ":oversubscribe", "--mca", "osc", "^ucx"]
     if elastic:
-        chosen += ["--with-ft", "ulfm"]
+        # Open MPI's hierarchical collectives crash where a rank of another node has died.
+        # In its MPI_Finalize it may wait for ever for a rank that has died just before, unless told not to.
+        chosen += ["--with-ft", "ulfm", "--mca", "coll", "^han", "--mca", "async_mpi_finalize", "1"]
     if os.geteuid() == 0:
         chosen.append("--allow-run-as-root")
     if nranks > usable_cpus():

@@ -341,7 +341,7 @@ class ReproducibleSum:
         self._held: dict[Node, Array] = {}
         self._free: list[Array] = []  # vectors to use again
         self._bound: dict[int, list[BoundStep]] = {}  # by the bucket's elements: full buckets, and the last
-        self._wait = MPI.Request.Waitall
+        self._wait = MPI.Request.Wait  # one by one: of many, an error does not say what it is
         self._comm = MPI.Intracomm(comm).Dup()  # a Communicator's own Dup would make another Communicator
 
     def add(self, shard: int, vector: Array) -> None:
@@ -374,6 +374,10 @@ class ReproducibleSum:
         self._free += self._held.values()
         self._held.clear()
         self._next = self.own_shards.start
+
+    def revoke(self) -> None:
+        """Let `finish` fail on the ranks that are in it, or come to it, where MPI can do that (ULFM)."""
+        self._comm.Revoke()
 
     def close(self) -> None:
         """Free the communicator; collective."""
@@ -423,7 +427,8 @@ class ReproducibleSum:
                 part[...] = values[piece]
             requests.append(self._comm.Isend(message.data.view(np.uint8), message.peer))
             self.bytes_sent += message.data.nbytes
-        self._wait(requests)
+        for request in requests:
+            self._wait(request)
         for message in step.receives:
             values.update(message.parts)
         join(values, step.additions, operator.iadd)

@@ -71,6 +71,15 @@ class Call:
             self.after()
         return True
 
+    def look(self) -> None:
+        """Raise what it means if nothing will come any more; `advance` looks only if it is patient."""
+        try:
+            self.plan.check()
+        except BaseException as error:
+            self.plan.give_up(error)
+            _broken_off.append(self)
+            raise
+
     def run(self, tag: int) -> None:
         """From start to end. Returns to Python now and then, so that signals are handled."""
         if self.before is not None:
@@ -184,14 +193,10 @@ class Request(MPI.Grequest):
         if self._complete or now - self._looked < PATIENT:
             return
         self._looked = now
-        plan = self._call.plan
-        assert isinstance(plan, MessagePlan)  # the only ones that nonblocking calls have
         try:
-            plan.check()
+            self._call.look()
         except Exception as error:
             self._error = error
-            plan.give_up(error)
-            _broken_off.append(self._call)
             self._finish()
 
     def _raise_error(self) -> None:
@@ -281,7 +286,8 @@ class Series:
         """The other ranks of the node learn that nothing more comes from this one."""
         if self.channel is not None and not self.channel.state[BROKEN]:
             self.channel.give_up(f"{type(error).__name__}: {error}")
-        self.maker.watch.give_up(error)
+        if not self.maker.on_one_node:  # what travels in messages has nothing else to break
+            self.maker.watch.give_up(error)
 
     def close(self) -> None:
         """This rank needs the channel no more."""
@@ -300,11 +306,12 @@ class PersistentCall:
 
     def __init__(self, call: Call, tag: int) -> None:
         self._call: Call | None = call
+        self._looked = 0  # when, in nanoseconds, `Test` has last asked where the others are
         self._state = np.zeros(fastcalls.STATE_SIZE, np.int64)
         call.bind(tag)
-        if isinstance(call.plan, SharedPlan) and not (call.before or call.after) and fastcalls.available():
+        if not (call.before or call.after) and fastcalls.available():
             # These shadow the methods below, which do the same and handle whatever goes wrong.
-            fast = FastStart(call.plan, self.Start, self.Wait)
+            fast = FastStart(call.plan.tasks[0], self.Start, self.Wait)
             self._state, self.Start, self.Wait = fast.state, fast.start, fast.wait  # type: ignore[method-assign]
 
     @property
@@ -335,7 +342,15 @@ class PersistentCall:
         """Whether what `Start` began is complete; goes on with it if not."""
         if self._active:
             self._active = not self._call.advance(BRIEF)  # type: ignore[union-attr]
+            self._look()
         return not self._active
+
+    def _look(self) -> None:
+        """See now and then whether what is waited for will come: a program may test for ever."""
+        now = monotonic_ns()
+        if self._active and now - self._looked >= PATIENT:
+            self._looked = now
+            self._call.look()  # type: ignore[union-attr]
 
     def Free(self) -> None:
         """Give up buffers and scratch memory. Raises RuntimeError if a start is not complete."""

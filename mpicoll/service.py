@@ -14,6 +14,7 @@ that cannot be reached says nothing.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import fcntl
 import json
@@ -91,10 +92,18 @@ class Service:
         # A copy of the process that fork made must not keep the port open when the rank has ended.
         self._listeners = listeners
         os.register_at_fork(after_in_child=self._close)
+        # Nor must a rank whose program has ended: MPI may keep the process until the others have ended, too.
+        atexit.register(self._end)
 
     def _close(self) -> None:
         for listener in self._listeners:
             listener.close()
+
+    def _end(self) -> None:
+        for listener in self._listeners:
+            with contextlib.suppress(OSError):  # it has been closed
+                listener.shutdown(socket.SHUT_RDWR)  # `_accept` keeps it open otherwise
+        self._close()
 
     @property
     def contact(self) -> Contact:

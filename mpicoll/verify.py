@@ -29,6 +29,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from mpicoll import algorithms
+from mpicoll.algorithms.hierarchical import Topology
 from mpicoll.schedule import COLLECTIVES, COPY, REDUCE, Round, Schedule, Transfer
 
 EVERY_ROOT_UP_TO = 33  # ranks; beyond, four roots: the time for all of them grows with the cube of the ranks
@@ -353,9 +354,35 @@ def verify_all(
     return rows
 
 
+def verify_hierarchical(
+    collective: str, topology: Topology, progress: Callable[[int, int], None] | None = None
+) -> list[Row]:
+    """Verify the hierarchical schedules of ``collective`` with every algorithm across; see `verify_all`."""
+    names = algorithms.names(collective)
+    roots = _roots(collective, topology.nranks)
+    rows = []
+    for done, across in enumerate(names, start=1):
+        counts = CHUNK_COUNTS if algorithms.pipelines(collective, across) else (None,)
+        made = (
+            algorithms.hierarchical_schedule(collective, topology, across, root, nchunks)
+            for root in roots
+            for nchunks in counts
+        )
+        rows.append(_summary(collective, f"hierarchical, {across}", topology.nranks, roots, made))
+        if progress:
+            progress(done, len(names))
+    return rows
+
+
 def _row(collective: str, algorithm: str, nranks: int) -> Row:
     roots = _roots(collective, nranks)
-    proofs = [verify(schedule) for schedule in _schedules(collective, algorithm, nranks, roots)]
+    return _summary(collective, algorithm, nranks, roots, _schedules(collective, algorithm, nranks, roots))
+
+
+def _summary(
+    collective: str, algorithm: str, nranks: int, roots: Sequence[int], schedules: Iterable[Schedule]
+) -> Row:
+    proofs = [verify(schedule) for schedule in schedules]
     return Row(
         collective,
         algorithm,

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import math
 import os
+import pickle
 import signal
 import sys
 import threading
@@ -30,9 +31,9 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from functools import cache, lru_cache
 from pathlib import Path
-from time import monotonic
+from time import monotonic, sleep
 from types import FrameType
-from typing import Any
+from typing import Any, Protocol
 from zlib import crc32
 
 import numpy as np
@@ -49,6 +50,7 @@ STALLED = 60.0  # seconds without progress after which the job's standard error 
 DEFAULT_TIMEOUT = 1800.0  # seconds: longer than evaluating or saving takes while others wait
 TELLING = 0.5  # seconds to spend on telling others
 AT_ONCE = 16  # ranks to ask or tell at the same time
+LONGEST_NAP = 0.001  # seconds between two tests of a request of MPI's own
 RECENT = 64  # calls that are remembered
 NUMBER_BITS = 15  # of a tag: MPI promises tags up to 32767
 
@@ -58,13 +60,20 @@ NUMBER_BITS = 15  # of a tag: MPI promises tags up to 32767
 
 @dataclass(frozen=True)
 class What:
-    """A call in words, and its fingerprint as the upper bits of a tag."""
+    """A call in words, its algorithm, and the fingerprint of both as the upper bits of a tag."""
 
     text: str
+    algorithm: str
     mark: int
+
+    @property
+    def whole(self) -> str:
+        """What must be the same on all ranks."""
+        return f"{self.text}{BY}{self.algorithm}"
 
 
 _METHODS = {"broadcast": "Bcast"}
+BY = " by "
 
 
 def call_text(collective: str, *arguments: str) -> str:
@@ -86,7 +95,7 @@ def what(
     size = "" if shape is None else f"{shape} bytes" if dtype is None else f"{dtype}[{shape}]"
     text = call_text(collective, size, operation, "" if root is None else f"root={root}")
     fingerprint = crc32(f"{text} {algorithm}".encode()) & ((1 << _mark_bits()) - 1)
-    return What(text, fingerprint << NUMBER_BITS)
+    return What(text, algorithm, fingerprint << NUMBER_BITS)
 
 
 # -- where this process is
@@ -116,7 +125,10 @@ def line_of(thread: int | None = None) -> str:
         frames.append(frame)
         frame = frame.f_back
     outside = [frame for frame in frames if not _is_internal(frame)]
-    own = [frame for frame in outside if not _is_library(frame)] or outside or frames
+    own = [frame for frame in outside if not _is_library(frame)]
+    if not own and frames and thread not in (None, threading.main_thread().ident):
+        return line_of()  # a thread of a library, which works for the program
+    own = own or outside or frames
     if not own:
         return "an unknown place"
     return f"{Path(own[0].f_code.co_filename).name}:{own[0].f_lineno} in {own[0].f_code.co_name}"
@@ -160,7 +172,8 @@ ERRORS: dict[str, type[Exception]] = {
 class Doing:
     """What a rank says of itself, or is found to be: ``silence`` says why it says nothing.
 
-    ``call`` is what it waits in, for ``waited`` seconds; ``recent`` its last calls in messages by number.
+    ``call`` is what it waits in, for ``waited`` seconds; ``recent`` its last calls in messages, with their
+    algorithms, by number.
     """
 
     line: str = ""
@@ -223,15 +236,25 @@ def _mismatch(doings: Sequence[Doing], own: int) -> Failure | None:
     for number in sorted(ours):
         texts = {rank: doing.recent[number] for rank, doing in enumerate(doings) if number in doing.recent}
         if len(set(texts.values())) > 1:
+            plain = {rank: text.partition(BY)[0] for rank, text in texts.items()}
+            shown = plain if len(set(plain.values())) > 1 else texts  # algorithms, if nothing else differs
             places = {rank: str(doing) for rank, doing in enumerate(doings)}
-            for rank, text in texts.items():
-                if doings[rank].call != text:
-                    places[rank] = f"has been in {text}, is {doings[rank]}"
+            for rank, text in shown.items():
+                doing = doings[rank]
+                still = doing.call == plain[rank]
+                places[rank] = f"in {text} at {doing.line}" if still else f"has been in {text}, is {doing}"
             return Failure("mismatch", f"the ranks are in different calls: {grouped(places)}")
     return None
 
 
 # -- a rank's own view
+
+
+class Breakable(Protocol):
+    """What carries calls without numbers."""
+
+    def shut(self) -> None:
+        """Let no further call begin on this rank."""
 
 
 class Watch:
@@ -244,10 +267,11 @@ class Watch:
     def __init__(self, comm: MPI.Intracomm, users: MPI.Intracomm, timeout: float) -> None:
         self.rank, self.nranks, self.timeout = comm.Get_rank(), comm.Get_size(), timeout
         self.failure: Failure | None = None
-        self._comms = (comm, users)
+        self._comms: tuple[MPI.Intracomm, ...] = (comm, users)
         self._recent: list[tuple[int, What] | None] = [None] * RECENT
         self._standing: dict[int, What] = {}
         self._waits: weakref.WeakSet[Waiting] = weakref.WeakSet()
+        self._channels: weakref.WeakSet[Breakable] = weakref.WeakSet()
         self._failed_in = ("", "")
         self.contacts: list[Contact] = []
         if self.nranks > 1:
@@ -264,6 +288,10 @@ class Watch:
         comm.Set_attr(_keyval(), (self, ranks))
         whole.Free()
         part.Free()
+
+    def breaks(self, channel: Breakable) -> None:
+        """Let no call begin in ``channel``, either, once the communicator is broken."""
+        self._channels.add(channel)
 
     def begin(self, number: int, call: What) -> None:
         """The call of this number begins. Raises what has broken the communicator."""
@@ -287,7 +315,7 @@ class Watch:
     def doing(self) -> dict[str, Any]:
         """What this rank says of itself."""
         now = monotonic()
-        waits = sorted((w for w in _all_waits() if now - w.seen < FRESH), key=lambda w: w.since)
+        waits = sorted((w for w in _all_waits() if w.goes_on(now)), key=lambda w: w.since)
         call, line, waited = *self._failed_in, 0.0
         for wait_ in waits[:1]:
             call, line, waited = wait_.call, line_of(wait_.thread), now - wait_.since
@@ -296,7 +324,7 @@ class Watch:
             "line": line or line_of(),
             "call": call,
             "waited": waited,
-            "recent": {number: call.text for number, call in (*recent, *self._standing.items())},
+            "recent": {number: call.whole for number, call in (*recent, *self._standing.items())},
             "failure": self.failure and asdict(self.failure),
         }
 
@@ -321,12 +349,18 @@ class Watch:
         """No further collective is possible; the others hear of it if ``aloud``. The first failure stays."""
         if self.failure is None:
             dead = tuple((c.host, c.pid) for c in (self.contacts[rank] for rank in failure.ranks))
-            self.failure = failure = Failure(failure.kind, failure.text, failure.ranks, failure.dead or dead)
+            failure = Failure(failure.kind, failure.text, failure.ranks, failure.dead or dead)
+            self._fail(failure)
             for other in list(_watches.values()):
                 other.hear(failure, self.ident)
             if aloud:
                 self._tell(failure)
-        return self.failure
+        return self.failure or failure
+
+    def _fail(self, failure: Failure) -> None:
+        self.failure = failure
+        for channel in list(self._channels):
+            channel.shut()
 
     def give_up(self, error: BaseException) -> None:
         """This rank leaves a collective with ``error``: the others are not to wait for it."""
@@ -342,12 +376,12 @@ class Watch:
         if self.failure is not None:
             return
         if ident == self.ident:
-            self.failure = failure
+            self._fail(failure)
             return
         gone = tuple(r for r, c in enumerate(self.contacts) if (c.host, c.pid) in failure.dead)
         if gone:
             text = "; ".join(f"rank {r} (process {self.contacts[r].pid}) has ended" for r in gone)
-            self.failure = Failure("failed", text, gone, failure.dead)
+            self._fail(Failure("failed", text, gone, failure.dead))
 
     def _tell(self, failure: Failure) -> None:
         said = [self.ident, asdict(failure)]
@@ -387,6 +421,34 @@ class Watch:
                 raise
             raise meant from error
 
+    def close(self) -> None:
+        """Its communicators are about to be freed: nobody is to touch them any more."""
+        self._comms = ()
+        _watches.pop(getattr(self, "ident", ""), None)
+
+    def allgather(self, comm: MPI.Intracomm, thing: Any, call: str) -> list[Any]:
+        """As MPI's ``comm.allgather``, but not for ever: raises what `Waiting.look` does."""
+        mine = np.frombuffer(pickle.dumps(thing), np.uint8)
+        sizes = np.zeros(comm.Get_size(), np.int64)
+        self._complete(comm, comm.Iallgather(np.array([mine.size]), sizes), call)
+        everything = np.zeros(sizes.sum(), np.uint8)
+        self._complete(comm, comm.Iallgatherv(mine, [everything, sizes]), call)
+        return [pickle.loads(part) for part in np.split(everything, np.cumsum(sizes)[:-1])]
+
+    def _complete(self, comm: MPI.Intracomm, request: MPI.Request, call: str) -> None:
+        others = tuple(rank for rank in of(comm)[1] if rank != self.rank)
+        waiting, pause = Waiting(self, lambda: 0), 0.0
+        try:
+            with self.understanding():
+                while not request.Test():
+                    waiting.look(lambda: call, lambda: others)
+                    sleep(pause)
+                    pause = min(2 * pause + 1e-6, LONGEST_NAP)
+        except BaseException as error:
+            _broken_off.append(request)  # which keeps the memory that MPI may still write into
+            self.give_up(error)
+            raise
+
     def revoke(self) -> None:
         """Get ranks that are in MPI's own functions out of them, where MPI can do that."""
         if not outlives_ranks() or self.failure is None or self.failure.kind != "failed":
@@ -404,13 +466,16 @@ def _tell_one(contact: Contact, said: Any) -> None:
 
 
 class Waiting:
-    """A plan that waits for others: `look` is called again and again while it makes no progress."""
+    """A plan that waits for others: `look` is called again and again while it makes no progress.
 
-    def __init__(self, watch: Watch) -> None:
+    ``progress`` gives a number that changes when the plan goes on.
+    """
+
+    def __init__(self, watch: Watch, progress: Callable[[], int]) -> None:
         self.call = ""
         self.since = self.seen = -math.inf
         self.thread: int | None = None
-        self._watch = watch
+        self._watch, self._current = watch, progress
         self._progress = -1
         self._pause = self._next = 0.0
         self._inquiry: Future[list[Doing]] | None = None
@@ -418,13 +483,17 @@ class Waiting:
         self._noticed = False
         watch._waits.add(self)
 
-    def look(self, progress: int, call: Callable[[], str], waits_for: Callable[[], Collection[int]]) -> None:
-        """``progress`` is a number that changes when the plan goes on; ``call`` gives what it does in words,
-        ``waits_for`` ranks of the watch.
+    def goes_on(self, now: float) -> bool:
+        """Whether it waits still, as far as one can tell."""
+        whole = self._watch.failure is None  # else it has been broken off, or will be at once
+        return whole and now - self.seen < FRESH and self._current() == self._progress
+
+    def look(self, call: Callable[[], str], waits_for: Callable[[], Collection[int]]) -> None:
+        """``call`` gives what the plan does in words, ``waits_for`` ranks of the watch.
 
         Raises `RankFailedError`, `MismatchError` or `DeadlineError` if waiting on is of no use.
         """
-        now = monotonic()
+        now, progress = monotonic(), self._current()
         if progress != self._progress:
             self._progress, self.since, self.call = progress, now, call()
             self._pause, self._next = FIRST_LOOK, now + FIRST_LOOK
@@ -479,6 +548,7 @@ def _in_thread(function: Callable[[], list[Doing]]) -> Future[list[Doing]]:
     return future
 
 
+_broken_off: list[MPI.Request] = []
 _watches: weakref.WeakValueDictionary[str, Watch] = weakref.WeakValueDictionary()
 
 
@@ -494,6 +564,11 @@ def _keyval() -> int:
 def of(comm: MPI.Intracomm) -> tuple[Watch, Sequence[int]]:
     """The watch of a communicator, and which of its ranks each rank of ``comm`` is; see `Watch.attach`."""
     return comm.Get_attr(_keyval())  # type: ignore[return-value]
+
+
+def watch_of(comm: MPI.Intracomm) -> Watch | None:
+    """The watch of a communicator, if it has one already."""
+    return None if comm.Get_attr(_keyval()) is None else of(comm)[0]
 
 
 def timeout_from(environment: Mapping[str, str]) -> float:
@@ -586,17 +661,23 @@ def _print(_: Any) -> None:
 
 def _on_signal(number: int, frame: FrameType | None) -> None:
     def run() -> None:
-        watch = _largest()
-        try:
-            _print(None) if watch.rank == 0 else ask(watch.contacts[0], "print", None)
-        except NoAnswerError:
-            _print(None)
+        with suppress(NoAnswerError):  # there is nothing to say
+            watch = _largest()
+            try:
+                _print(None) if watch.rank == 0 else ask(watch.contacts[0], "print", None)
+            except NoAnswerError:
+                _print(None)
 
     threading.Thread(target=run, name="mpicoll-report", daemon=True).start()
 
 
 def _report_on_signal() -> None:
     """SIGUSR2 prints where all ranks are, unless the program has its own use for it."""
-    main = threading.current_thread() is threading.main_thread()
-    if main and signal.getsignal(signal.SIGUSR2) == signal.SIG_DFL:
+    if threading.current_thread() is threading.main_thread() and not _has_use_for(signal.SIGUSR2):
         signal.signal(signal.SIGUSR2, _on_signal)
+
+
+def _has_use_for(number: int) -> bool:
+    """Whether the process handles or ignores a signal, be it in C, as `faulthandler` does."""
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return any(int(status[mask], 16) >> (number - 1) & 1 for mask in ("SigCgt", "SigIgn"))

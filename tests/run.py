@@ -1,8 +1,9 @@
-"""Run all tests: ``python tests/run.py [--only unit|mpi] [--ranks 1,2] [-- PYTEST_ARGUMENT ...]``.
+"""Run all tests: ``python tests/run.py [--only KIND] [--ranks 1,2] [-- PYTEST_ARGUMENT ...]``.
 
-First the tests that need no MPI, then those that do on 1, 2, 3 and 4 ranks, and those marked ``algorithms``
-on 5, 7 and 8. Ends with one line of counts, and with a status other than 0 if anything failed or nothing ran.
-Needs the standard library and mpicoll.launch; run it with the Python that the tests are to use.
+First the tests that need no MPI or start jobs themselves, then those that need it on 1, 2, 3 and 4 ranks, and
+those marked ``algorithms`` on 5, 7 and 8; then those on several hosts and under Slurm, which this machine
+pretends to be where it allows that. Ends with one line of counts, and with a status other than 0 if anything
+failed or nothing ran. Needs the standard library and mpicoll.launch; run it with the Python that the tests are to use.
 """
 
 from __future__ import annotations
@@ -42,9 +43,11 @@ class Launch:
 def launches(only: str | None, ranks: Sequence[int], extra: Sequence[str]) -> list[Launch]:
     """What to run, in order."""
     pytest = [sys.executable, "-m", "pytest", "-q"]
-    unit = Launch("tests/unit", [*pytest, *unless_given("tests/unit", extra)])
     mpi = [mpi_launch(nranks, [*pytest, "--with-mpi"], unless_given("tests/mpi", extra)) for nranks in ranks]
-    return {None: [unit, *mpi], "unit": [unit], "mpi": mpi}[only]
+    kinds = {"unit": [], "mpi": mpi, "hosts": [], "slurm": []}
+    for kind in ("unit", "hosts", "slurm"):
+        kinds[kind] = [Launch(f"tests/{kind}", [*pytest, *unless_given(f"tests/{kind}", extra)])]
+    return [job for kind in kinds if only in (None, kind) for job in kinds[kind]]
 
 
 def unless_given(tests: str, extra: Sequence[str]) -> list[str]:
@@ -117,7 +120,7 @@ def rank_list(text: str) -> list[int]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Run the tests and end with a line of counts.")
-    parser.add_argument("--only", choices=["unit", "mpi"], help="leave the other kind out")
+    parser.add_argument("--only", choices=["unit", "mpi", "hosts", "slurm"], help="leave the others out")
     parser.add_argument("--ranks", type=rank_list, default=RANKS, help="such as 1,2 (default: %(default)s)")
     parser.add_argument("--limit", type=float, default=LIMIT, help="seconds for each launch")
     parser.add_argument("extra", nargs="*", help="arguments for pytest, after --")

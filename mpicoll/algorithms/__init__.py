@@ -8,8 +8,19 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 
-from mpicoll.algorithms import alltoall, chain, direct, double_tree, doubling, halving, ring, tree
-from mpicoll.schedule import Schedule
+from mpicoll.algorithms import (
+    alltoall,
+    chain,
+    direct,
+    double_tree,
+    doubling,
+    halving,
+    hierarchical,
+    ring,
+    tree,
+)
+from mpicoll.algorithms.hierarchical import Topology
+from mpicoll.schedule import Schedule, check_shape
 
 ALGORITHMS: dict[str, dict[str, Callable[..., Schedule]]] = {
     "allreduce": {
@@ -49,6 +60,14 @@ ALGORITHMS: dict[str, dict[str, Callable[..., Schedule]]] = {
     "barrier": {"dissemination": doubling.dissemination_barrier},
 }
 
+# Of several nodes: what makes a schedule for all from one between the nodes.
+HIERARCHICAL: dict[str, Callable[..., Schedule]] = {
+    "allreduce": hierarchical.hierarchical_allreduce,
+    "reduce_scatter": hierarchical.hierarchical_reduce_scatter,
+    "allgather": hierarchical.hierarchical_allgather,
+    "broadcast": hierarchical.hierarchical_broadcast,
+}
+
 
 def names(collective: str) -> tuple[str, ...]:
     """The algorithms that do ``collective``; `ValueError` if there is no such collective."""
@@ -77,6 +96,23 @@ def schedule(
     given = {"root": root, "nchunks": nchunks}
     taken = inspect.signature(make).parameters
     return make(nranks, **{name: n for name, n in given.items() if name in taken and n is not None})
+
+
+def hierarchical_schedule(
+    collective: str, topology: Topology, across: str, root: int = 0, nchunks: int | None = None
+) -> Schedule:
+    """The hierarchical schedule of a topology's ranks, ``across`` being the algorithm between its nodes.
+
+    ``root`` is one of all ranks. ``nchunks``: as for `schedule`, of each slice.
+    """
+    if collective not in HIERARCHICAL:
+        raise ValueError(f"collective: expected one of {', '.join(HIERARCHICAL)}; got {collective!r}")
+    if collective != "broadcast":
+        small = schedule(collective, across, topology.nnodes, nchunks=nchunks)
+        return HIERARCHICAL[collective](topology, small)
+    check_shape(topology.nranks, root)
+    small = schedule(collective, across, topology.nnodes, topology.node_of(root), nchunks)
+    return HIERARCHICAL[collective](topology, small, root)
 
 
 def pipelines(collective: str, algorithm: str) -> bool:

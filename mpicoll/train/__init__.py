@@ -11,6 +11,7 @@ The same lines run on one rank and on many; ``cli.py`` is the command built on t
 
 from mpicoll.train.augmentation import Augmentation, parse_augmentation
 from mpicoll.train.data import Dataset, share
+from mpicoll.train.elastic import Lost, StateLostError, leave
 from mpicoll.train.errors import InputError, on_rank_zero
 from mpicoll.train.hashes import parameters_sha256
 from mpicoll.train.keeping import Checkpoints, Keeper, resume
@@ -35,12 +36,14 @@ from mpicoll.train.mesh import Mesh, make_mesh, parse_mesh
 from mpicoll.train.model import Sequential
 from mpicoll.train.networks import convolutional, perceptron
 from mpicoll.train.optimizer import LARS, SGD, Adam, Optimizer
+from mpicoll.train.preemption import PREEMPTED, Notice
 from mpicoll.train.readers import read_cifar10, read_csv, read_diabetes, read_digits, read_mnist, read_npy
 from mpicoll.train.strategies import STRATEGIES, Strategy
 
 __all__ = [
     "GELU",
     "LARS",
+    "PREEMPTED",
     "SGD",
     "STRATEGIES",
     "Adam",
@@ -59,15 +62,19 @@ __all__ = [
     "Layer",
     "LearningRate",
     "Linear",
+    "Lost",
     "MaxPool2d",
     "Mesh",
+    "Notice",
     "Optimizer",
     "ReLU",
     "Sequential",
+    "StateLostError",
     "Strategy",
     "Tanh",
     "Trainer",
     "convolutional",
+    "leave",
     "make_mesh",
     "mean_squared_error",
     "on_rank_zero",

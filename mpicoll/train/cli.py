@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from io import StringIO
 from time import perf_counter
 from typing import Any, NoReturn
@@ -16,6 +16,7 @@ from mpi4py import MPI
 import mpicoll
 from mpicoll.faults import abort_on_exception
 from mpicoll.train.data import Dataset, share
+from mpicoll.train.elastic import leave
 from mpicoll.train.errors import AloneError, InputError, on_rank_zero
 from mpicoll.train.hashes import parameters_sha256
 from mpicoll.train.keeping import Checkpoints, Keeper, resume
@@ -36,8 +37,17 @@ from mpicoll.train.options import (
 )
 from mpicoll.train.pipeline import SCHEDULES
 from mpicoll.train.pipeline_drawing import draw_png
+from mpicoll.train.preemption import PREEMPTED, Notice, PreemptedError
 from mpicoll.train.readers import read_cifar10, read_csv, read_diabetes, read_digits, read_mnist, read_npy
-from mpicoll.train.report import Progress, Several, check_writable, print_result, progress_for, write_json
+from mpicoll.train.report import (
+    FromRankZero,
+    Progress,
+    Several,
+    check_writable,
+    print_result,
+    progress_for,
+    write_json,
+)
 from mpicoll.train.sampling import parse_class_weights
 
 USAGE_ERROR = 2  # the exit status of a command that was asked for what it cannot do
@@ -45,7 +55,7 @@ USAGE_ERROR = 2  # the exit status of a command that was asked for what it canno
 
 @abort_on_exception()
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Train as the command line says, on all ranks, and exit: with 0, or with 2 if the user erred."""
+    """Train as the command line says, on all ranks, and exit: 0, 2 if the user erred, 75 if told to end."""
     comm = mpicoll.Communicator(MPI.COMM_WORLD)
     status = run(comm, arguments)
     comm.Free()  # waits for all ranks: not for a failed one to reach
@@ -53,22 +63,34 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def run(comm: MPI.Intracomm, arguments: Sequence[str] | None = None) -> int:
-    """The exit status, the same on every rank."""
+    """The exit status, the same on every rank. Where ranks were lost, the process ends here."""
+    left, status = comm, 0
     try:
         options = parse(arguments, aloud=comm.rank == 0)
-        if options is not None:
-            train(comm, options)
+        if options is not None and train(comm, options)["lost"]:
+            leave()
     except AloneError as error:
         click.echo(f"error: {error}", err=True)
         comm.Abort(USAGE_ERROR)
-    except (InputError, click.ClickException) as error:
-        # Every rank has this error; one of them says it.
-        message = error.format_message() if isinstance(error, click.ClickException) else str(error)
-        if comm.rank == 0:
-            click.echo(f"error: {message}", err=True)
-        comm.Barrier()  # Or the launcher might end rank 0 before it has spoken.
-        return USAGE_ERROR
-    return 0
+    except click.ClickException as error:
+        status = _say(comm, f"error: {error.format_message()}", USAGE_ERROR)
+    except InputError as error:
+        left = error.comm or comm
+        status = _say(left, f"error: {error}", USAGE_ERROR)
+    except PreemptedError as error:
+        left = error.comm
+        status = _say(left, f"note: {error}", PREEMPTED)
+    if left is not comm:
+        leave(status)
+    return status
+
+
+def _say(comm: MPI.Intracomm, text: str, status: int) -> int:
+    """Every rank has this to say; one of them does. Returns ``status``."""
+    if comm.rank == 0:
+        click.echo(text, err=True)
+    comm.Barrier()  # Or the launcher might end rank 0 before it has spoken.
+    return status
 
 
 def parse(arguments: Sequence[str] | None, aloud: bool = True) -> Options | None:
@@ -79,42 +101,63 @@ def parse(arguments: Sequence[str] | None, aloud: bool = True) -> Options | None
 
 
 def train(comm: MPI.Intracomm, options: Options) -> dict[str, Any]:
-    """Read, train, report: the result, on every rank."""
-    data = load(comm, options)
-    trainer = make_trainer(comm, options, data)
-    notes = resume(trainer, options.checkpoint) if options.resume and options.checkpoint else []
-    keeper: Keeper = Keeper()
-    if options.checkpoint:
-        keeper = Checkpoints(comm, options.checkpoint, options.checkpoint_every, options.keep)
-    progress = make_progress(options, trainer)
-    if comm.rank == 0:
-        for note in notes:
-            click.echo(f"note: {note}", err=True)
+    """Read, train, report: the result, on every rank that is left. Raises `PreemptedError` if told to end."""
+    with Notice() as notice:
+        data = load(comm, options)
+        trainer = make_trainer(comm, options, data)
+        notes = resume(trainer, options.checkpoint) if options.resume and options.checkpoint else []
+        keeper: Keeper = Keeper()
+        if options.checkpoint:
+            keeper = Checkpoints(comm, options.checkpoint, options.checkpoint_every, options.keep)
+        progress = make_progress(options, trainer)
+        if comm.rank == 0:
+            for note in notes:
+                click.echo(f"note: {note}", err=True)
+        begin = perf_counter()
+        try:
+            result = trainer.elastically(lambda: _trained(trainer, options, progress, keeper, notice, begin))
+        except AloneError:
+            raise
+        except (InputError, PreemptedError) as error:
+            error.comm = trainer.comm
+            trainer.close()  # which lets go of ranks that wait for this one
+            raise
+        trainer.close()
+        return result
 
-    start = perf_counter()
-    try:
-        history = trainer.train(options.epochs, progress, keeper, options.patience)
-    except AloneError:
-        raise
-    except InputError:
-        trainer.close()  # which lets go of ranks that wait for this one
-        raise
-    seconds = perf_counter() - start
+
+def _trained(
+    trainer: Trainer, options: Options, progress: Progress, keeper: Keeper, notice: Notice, begin: float
+) -> dict[str, Any]:
+    """Train, and report: the result."""
+    history = trainer.train(options.epochs, progress, keeper, options.patience, notice.is_given)
+    seconds = perf_counter() - begin
     if trainer.strategy.lost:
         _end_without(trainer, options, history, seconds)
+    comm = trainer.comm
+    if any(comm.allgather(trainer.stopped)):
+        raise PreemptedError(_farewell(trainer, options), comm)
     result = _result(trainer, options, *comm.bcast((history, seconds)))
-    trainer.close()
     _report(comm, options, result)
+    if trainer.elastic:
+        comm.Barrier()  # if rank 0 dies before it has reported, another one will
     return result
+
+
+def _farewell(trainer: Trainer, options: Options) -> str:
+    kept = "which was not kept: there is no --checkpoint"
+    if options.checkpoint:
+        kept = f"whose state is in {options.checkpoint}: go on with --resume"
+    return f"told to end, after step {trainer.position.step}, {kept}"
 
 
 def _end_without(trainer: Trainer, options: Options, history: list[Epoch], seconds: float) -> NoReturn:
     """Report, and end where other ranks were lost: the end that MPI has would wait for them."""
-    if trainer.comm.rank == 0:
+    if trainer.comm.rank == 0 and trainer.stopped:
+        click.echo(f"note: {_farewell(trainer, options)}", err=True)
+    elif trainer.comm.rank == 0:
         _report(trainer.comm, options, _result(trainer, options, history, seconds))
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(0)
+    leave(PREEMPTED if trainer.stopped else 0)
 
 
 def _report(comm: MPI.Intracomm, options: Options, result: dict[str, Any]) -> None:
@@ -149,6 +192,7 @@ def make_trainer(comm: MPI.Intracomm, options: Options, data: Dataset) -> Traine
         weights=_class_weights(options, data),
         resample=options.resample,
         augmentation=options.augment,
+        elastic=options.elastic,
         seed=options.seed,
         dtype=PRECISIONS[options.precision],
     )
@@ -225,20 +269,21 @@ def _class_weights(options: Options, data: Dataset) -> Any:
 
 def make_progress(options: Options, trainer: Trainer) -> Progress:
     """Who hears of the training: the terminal, and the files that the options name; on rank 0 only."""
-    held: list[Progress] = []
 
-    def open_on_rank_zero() -> None:
+    def make() -> Progress:
         about = {"data": trainer.data.name, "strategy": options.strategy, "ranks": trainer.comm.size}
-        held.append(progress_for(0, sys.stderr.isatty()))
+        held = [progress_for(0, sys.stderr.isatty())]
         if options.metrics:
             held.append(JsonLines(options.metrics, about))
         if options.tensorboard:
             held.append(TensorBoard(options.tensorboard))
         if options.plot:
             held.append(LossCurve(options.plot, about, trainer.history))
+        return Several(*held)
 
-    on_rank_zero(trainer.comm, open_on_rank_zero)
-    return Several(*held)
+    progress = FromRankZero(lambda: trainer.comm.rank == 0, make)
+    on_rank_zero(trainer.comm, progress.open)
+    return progress
 
 
 def _result(trainer: Trainer, options: Options, history: list[Epoch], seconds: float) -> dict[str, Any]:
@@ -253,7 +298,8 @@ def _result(trainer: Trainer, options: Options, history: list[Epoch], seconds: f
         "shards": trainer.shards,
         "data": trainer.data.name,
         "ranks": trainer.comm.size,
-        "lost_ranks": list(strategy.lost),
+        "lost_ranks": [*strategy.lost, *(rank for lost in trainer.lost for rank in lost.ranks)],
+        "lost": [asdict(lost) for lost in trainer.lost],
         "epochs": len(history),
         "steps": last.step,
         "batch_size": options.batch_size,

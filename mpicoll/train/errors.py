@@ -12,7 +12,12 @@ T = TypeVar("T")
 
 
 class InputError(ValueError):
-    """Bad input from the user: one line that names it, what was expected and what to do."""
+    """Bad input from the user: one line that names it, what was expected and what to do.
+
+    ``comm`` has the ranks that meet it, where those are not all that there were; see `mpicoll.train.elastic`.
+    """
+
+    comm: MPI.Intracomm | None = None
 
 
 class AloneError(InputError):

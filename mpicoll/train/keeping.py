@@ -35,6 +35,9 @@ BEST = "best"
 class Keeper:
     """Hears what the loop does, and keeps its state; this one keeps nothing."""
 
+    def begin(self, trainer: Trainer) -> None:
+        """Before the first step, and again where ranks were lost: they may have other numbers. Collective."""
+
     def is_due(self, step: int) -> bool:
         """Whether `keep` is to be called after this step, counted from 1, if it does not end an epoch."""
         return False
@@ -54,17 +57,24 @@ class Checkpoints(Keeper):
 
     The last ``keep`` stay, and ``best.safetensors``, of the epoch with the smallest test loss. Files are
     written by a thread of rank 0, while training goes on. Raises `InputError`, on all ranks. Collective.
+
+    Where rank 0 is lost, the new rank 0 writes. What it was writing just then may be missing, never torn.
     """
 
     def __init__(self, comm: MPI.Intracomm, directory: Path, every: int | None = None, keep: int = 3):
         self.comm = comm
-        self.every = every
+        self.directory, self.every, self.number = directory, every, keep
         self._last_step = -1
         self._writer: Writer | None = None
-        on_rank_zero(comm, lambda: self._open(directory, keep))
+        on_rank_zero(comm, self._open)
 
-    def _open(self, directory: Path, keep: int) -> None:
-        self._writer = Writer(directory, keep)
+    def begin(self, trainer: Trainer) -> None:
+        if trainer.comm is not self.comm:
+            self.comm = trainer.comm
+            on_rank_zero(self.comm, self._open)
+
+    def _open(self) -> None:
+        self._writer = self._writer or Writer(self.directory, self.number)
 
     def is_due(self, step: int) -> bool:
         return self.every is not None and step % self.every == 0
@@ -118,21 +128,27 @@ def capture(trainer: Trainer) -> Snapshot | None:
         return None
     for own in everyones:
         arrays |= own
-    position = trainer.position
     facts = {
-        **dataclasses.asdict(position),
+        **facts_of(trainer, total),
         **_identity(trainer),
-        "samples_of_epoch": trainer.samples,
-        "loss_of_epoch": total,
-        "seconds_of_epoch": trainer.seconds_so_far() if trainer.samples else 0.0,
-        "optimizer_steps": strategy.optimizer.steps,
         "strategy": strategy.name,
         "ranks": trainer.comm.size,
         "mesh": mesh.sizes,
-        "rate": trainer.rate(max(0, position.step - 1)),
+        "rate": trainer.rate(max(0, trainer.position.step - 1)),
+    }
+    return Snapshot(trainer.position.step, arrays, facts)
+
+
+def facts_of(trainer: Trainer, loss: float | None) -> dict[str, Any]:
+    """Where training is, as `Trainer.go_on` takes it; ``loss`` is the sum of the epoch's so far."""
+    return {
+        **dataclasses.asdict(trainer.position),
+        "samples_of_epoch": trainer.samples,
+        "loss_of_epoch": loss,
+        "seconds_of_epoch": trainer.seconds_so_far() if trainer.samples else 0.0,
+        "optimizer_steps": trainer.strategy.optimizer.steps,
         "history": [dataclasses.asdict(epoch) for epoch in trainer.history],
     }
-    return Snapshot(position.step, arrays, facts)
 
 
 def _identity(trainer: Trainer) -> dict[str, Any]:
@@ -259,7 +275,12 @@ def _take(
             targets[name][...] = _beside(part, targets[name])
         elif alike and name in own:
             own[name][...] = _beside(whole, own[name])
-    strategy.restore(vectors, facts["optimizer_steps"])
+    go_on(trainer, vectors, facts)
+
+
+def go_on(trainer: Trainer, vectors: dict[str, Array], facts: Mapping[str, Any]) -> None:
+    """Take up the optimizer's ``vectors``, whole ones, and be where the facts say. Collective."""
+    trainer.strategy.restore(vectors, facts["optimizer_steps"])
     trainer.go_on(facts)
 
 

@@ -15,18 +15,21 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
 from itertools import pairwise
-from time import perf_counter
-from typing import Any
+from time import perf_counter, time
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 from mpi4py import MPI
 from threadpoolctl import threadpool_limits
 
+from mpicoll.faults import RankFailedError
 from mpicoll.grouped import new_bucket
 from mpicoll.launch import usable_cpus
 from mpicoll.schedule import chunk_bounds
@@ -35,19 +38,25 @@ from mpicoll.train.augmentation import Augmentation
 from mpicoll.train.backprop import Backprop, Part
 from mpicoll.train.balance import Balance
 from mpicoll.train.data import Dataset, check_labels
+from mpicoll.train.elastic import Lost, State, Tally, check_elastic, recover, whole_state
 from mpicoll.train.errors import InputError, alone
-from mpicoll.train.keeping import Keeper
+from mpicoll.train.keeping import Keeper, go_on
 from mpicoll.train.layers import BatchNorm, Context, Layer
 from mpicoll.train.losses import Loss, mean_squared_error, softmax_cross_entropy
 from mpicoll.train.mesh import Mesh, build_model, make_mesh
+from mpicoll.train.mirror import PARAMETERS
 from mpicoll.train.optimizer import SGD, Optimizer
 from mpicoll.train.pipeline import PipelineBackprop
+from mpicoll.train.preemption import Rhythm, agreed
 from mpicoll.train.prefetch import prefetched
 from mpicoll.train.report import Progress
 from mpicoll.train.sampling import class_weights, global_batches, sample_weights
-from mpicoll.train.strategies import FixedOrder, strategy_named
+from mpicoll.train.strategies import FixedOrder, Strategy, strategy_named
 
 EVALUATED = 1024  # samples at a time
+TALLIES = 3  # steps: survivors may be one step apart, and a tally is taken before its step has ended
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -88,6 +97,24 @@ class Batch:
     parts: Sequence[tuple[int, Part]]  # with their numbers
 
 
+Stops = Callable[[], bool]
+
+
+@dataclass(frozen=True)
+class _Recipe:
+    """What a trainer is made of, whichever ranks there are."""
+
+    layers: Sequence[Layer]
+    optimizer: Optimizer
+    strategy: Callable[..., Strategy]
+    options: Mapping[str, Any]
+    pieces: int
+    schedule: str
+    balances: bool
+    dtype: np.dtype[Any]
+    allocate: Callable[[int, npt.DTypeLike], Array]
+
+
 class Trainer:
     """Trains the model that ``layers`` make on ``data``, in batches of ``batch_size`` samples over all ranks.
 
@@ -106,6 +133,8 @@ class Trainer:
     - ``weights`` [classes]: what the classes count for; "balanced" makes all count the same.
     - ``resample``: draw samples so that all classes are seen equally often.
     - ``augmentation``: see `mpicoll.train.augmentation`.
+    - ``elastic``: when ranks die, the others go on; see `mpicoll.train.elastic`. For ranks with whole models,
+      the strategies allreduce and sharded, and an MPI in which a job outlives a rank.
     - ``dtype``: of parameters and gradients. ``allocate``: as for `Sequential`.
 
     Raises `InputError`, on all ranks, for what does not go together.
@@ -131,46 +160,85 @@ class Trainer:
         weights: npt.ArrayLike | str | None = None,
         resample: bool = False,
         augmentation: Augmentation | None = None,
+        elastic: bool = False,
         seed: int = 0,
         dtype: npt.DTypeLike = np.float32,
         allocate: Callable[[int, npt.DTypeLike], Array] = new_bucket,
     ):
-        self.comm, self.batch_size, self.seed = comm, batch_size, seed
+        self.batch_size, self.seed, self.shards, self.elastic = batch_size, seed, shards, elastic
         check_labels(data)
         _check_shards(comm, shards)
-        self.mesh = make_mesh(comm, mesh or {})
-        _check_together(self.mesh, strategy, shards, balance)
+        self._parts = ExitStack()  # what is to be given up
+        parts = make_mesh(comm, mesh or {})
+        _check_together(parts, strategy, shards, balance)
         _check_layers(layers, strategy, shards, balance)
-        self.shards = shards
+        if elastic:
+            check_elastic(comm, parts.sizes, strategy)
         self.rate = learning_rate if callable(learning_rate) else lambda step: float(learning_rate)
-        sample = data.train_batch(np.arange(min(len(data.train_y), batch_size)))[0].astype(dtype)
-        self.model = build_model(layers, self.mesh, sample, seed, dtype, allocate)
-        self.data = data.beside(self.model.parameters)
-        kind = FixedOrder if shards else strategy_named(strategy)
-        given = {"shards": shards} if shards else {}
-        try:
-            self.strategy = kind(self.mesh.data, self.model, optimizer or SGD(), **given, **(options or {}))
-        except ValueError as error:
-            raise InputError(str(error)) from error
-        _check_batch(batch_size, self.strategy.parts)
-        loss = loss or (softmax_cross_entropy if data.classes else mean_squared_error)
-        self.loss = loss
-        self.backprop: Backprop | PipelineBackprop = (
-            PipelineBackprop(self.model, loss, self.mesh.pipeline, pieces, schedule)
-            if self.mesh.pipeline.size > 1
-            else Backprop(self.model, loss, pieces)
+        self.loss = loss or (softmax_cross_entropy if data.classes else mean_squared_error)
+        self.data = data
+        self._recipe = _Recipe(
+            layers,
+            optimizer or SGD(),
+            FixedOrder if shards else strategy_named(strategy),
+            {**_given(strategy, shards, elastic), **(options or {})},
+            pieces,
+            schedule,
+            balance,
+            np.dtype(dtype),
+            allocate,
         )
-        self._check_outputs(sample[:0])
-        self.balance = Balance(self.mesh.data) if balance else None
+        self.position = Position()
+        self.samples = 0  # of the epoch so far
+        self.history: list[Epoch] = []
+        self._start = self._seconds_before = 0.0
+        self.origins = list(range(comm.size))  # how this communicator's ranks were numbered at first
+        self.lost: list[Lost] = []
+        self.saved: State | None = None  # of the last state that all ranks had, until they have another
+        self._lost_at = math.nan
+        self.stopped = False
+        self._make_parts(parts)
+        self._check_outputs()
         self._labels = data.train_y
         self.class_weights = _class_weights(data, weights)
         self.sample_weights = _sample_weights(data) if resample else None
         self.augmentation = augmentation
-        self.position = Position()
+
+    def _make_parts(self, mesh: Mesh) -> None:
+        """All that depends on which ranks there are. Collective."""
+        recipe = self._recipe
+        self.comm, self.mesh = mesh.world, mesh
+        self._parts.callback(mesh.free)
+        sample = self._sample()
+        self.model = build_model(recipe.layers, mesh, sample, self.seed, recipe.dtype, recipe.allocate)
+        self.data = self.data.beside(self.model.parameters)
+        try:
+            self.strategy = recipe.strategy(mesh.data, self.model, recipe.optimizer, **recipe.options)
+        except ValueError as error:
+            raise InputError(str(error)) from error
+        self._parts.callback(self.strategy.close)
+        _check_batch(self.batch_size, self.strategy.parts)
+        self.backprop: Backprop | PipelineBackprop = Backprop(self.model, self.loss, recipe.pieces)
+        if mesh.pipeline.size > 1:
+            pipeline = PipelineBackprop(self.model, self.loss, mesh.pipeline, recipe.pieces, recipe.schedule)
+            self._parts.callback(pipeline.close)
+            self.backprop = pipeline
+        self.balance = Balance(mesh.data) if recipe.balances else None
+        self._set_sums(0.0)
+
+    def _sample(self) -> Array:
+        """Inputs like those of a step."""
+        numbers = np.arange(min(len(self.data.train_y), self.batch_size))
+        return self.data.train_batch(numbers)[0].astype(self._recipe.dtype)
+
+    def _set_sums(self, loss: float) -> None:
+        """The epoch has had ``samples`` so far, whose losses add up to ``loss``."""
         self.loss_sums = np.zeros(self.strategy.parts)  # of the epoch so far, each own part's
-        self.samples = 0  # of the epoch so far
-        self.history: list[Epoch] = []
-        self._start = self._seconds_before = 0.0
+        self.own_samples = 0  # that these are of
+        if 0 in self.strategy.own_parts:
+            self.loss_sums[0], self.own_samples = loss, self.samples
+        tally = Tally(self.position.step, self.own_samples, float(self.loss_sums.sum()))
+        self.tallies = deque([tally], TALLIES)
 
     # -- the loop
 
@@ -180,15 +248,58 @@ class Trainer:
         progress: Progress | None = None,
         keeper: Keeper | None = None,
         patience: int | None = None,
+        stops: Callable[[], bool] | None = None,
     ) -> list[Epoch]:
         """Train up to epoch ``epochs``; every epoch's figures, on the ranks that train.
 
         ``keeper`` writes checkpoints. With ``patience`` training ends after as many epochs without a
-        smaller test loss. Raises `InputError`, on all ranks, when the loss is no number any more.
+        smaller test loss. With ``stops``, on all ranks or on none, it ends soon after that returns true on
+        any rank, all ranks at the same step, also within an epoch; ``stopped`` says so. (Where ranks are not
+        in step, as in ps-async, each for itself.)
+
+        With ``elastic`` what begins on many ranks may end on fewer: ``comm`` has those, ``lost`` says who
+        died and when. Nothing collective may follow then on the communicator that the trainer was made with.
+
+        Raises `InputError`, on all ranks, when the loss is no number any more; `StateLostError`, on all that
+        are left, if the others have taken something with them that nobody else had.
         """
         self._check_patience(patience)
-        progress = progress or Progress()
-        keeper = keeper or Keeper()
+        given = progress or Progress(), keeper or Keeper(), stops
+        return self.elastically(lambda: self._train(epochs, patience, *given))
+
+    def elastically(self, action: Callable[[], T]) -> T:
+        """What ``action()`` returns; if ranks die meanwhile, with ``elastic``, it begins again on the others.
+
+        For what is to follow the training, the training included: it goes on from where it is. The others are
+        at the same step again when ``action`` begins again. Collective.
+        """
+        while True:
+            try:
+                return action()
+            except RankFailedError as error:
+                if not self.elastic:
+                    raise
+                self._lost_at = perf_counter()
+                self.lost.append(recover(self, error))
+
+    def move(self, comm: MPI.Intracomm, state: State) -> None:
+        """Go on from ``state`` with the ranks of ``comm``. Collective over them."""
+        bytes_sent = self.strategy.bytes_sent
+        self._parts.close()
+        self._make_parts(make_mesh(comm, {}))
+        self.strategy.bytes_sent = bytes_sent
+        vectors = dict(state.vectors)
+        self.model.parameters[...] = vectors.pop(PARAMETERS)
+        go_on(self, vectors, state.facts)
+        self.saved = state
+
+    def _train(
+        self, epochs: int, patience: int | None, progress: Progress, keeper: Keeper, stops: Stops | None
+    ) -> list[Epoch]:
+        if self.elastic and self.saved is None:
+            self.saved = whole_state(self)
+        keeper.begin(self)
+        self.stopped, self._rhythm = False, Rhythm(self.position.step)
         steps = self.steps_per_epoch
         threads = 1 if self.shards else blas_threads(self.comm)
         # A learning rate that is too high ends in the check of the loss, not in warnings from every rank.
@@ -202,11 +313,20 @@ class Trainer:
                 self.strategy.serve()
             else:
                 self.strategy.start()
-                while self.position.epoch <= epochs and not self._had_enough(patience):
-                    self._epoch(progress, keeper)
+                self._tell_of_losses(progress)
+                while self.position.epoch <= epochs and not (self.stopped or self._had_enough(patience)):
+                    self._epoch(progress, keeper, stops)
             self.strategy.finish()
         keeper.close(self)
         return self.history
+
+    def _tell_of_losses(self, progress: Progress) -> None:
+        """Of the last ones, if they are new."""
+        if math.isnan(self._lost_at):
+            return
+        progress.note(f"{self.lost[-1]}; {self.comm.size} left")
+        if self.strategy.own_arrays():
+            progress.note("the error feedback of compression begins anew")
 
     @property
     def steps_per_epoch(self) -> int:
@@ -236,10 +356,10 @@ class Trainer:
             counts |= sizes
         return sum(counts.values())
 
-    def _check_outputs(self, x: Array) -> None:
+    def _check_outputs(self) -> None:
         """Raise `InputError`, on all ranks, unless the layers go with the data, and with each other."""
         try:
-            outputs = self.backprop.outputs(x)
+            outputs = self.backprop.outputs(self._sample()[:0])
         except ValueError as error:  # a pipeline's layers were tried before: see `mpicoll.train.mesh`
             raise InputError(str(error)) from error
         shapes = self.comm.allgather(None if outputs is None else outputs.shape[1:])
@@ -269,16 +389,12 @@ class Trainer:
         self.history = [Epoch(**epoch) for epoch in facts["history"]]
         self.samples = facts["samples_of_epoch"]
         self._seconds_before = facts["seconds_of_epoch"]
-        self.loss_sums[:] = 0
-        if 0 in self.strategy.own_parts:
-            self.loss_sums[0] = facts["loss_of_epoch"]
+        self._start = perf_counter() - self._seconds_before
+        self._set_sums(facts["loss_of_epoch"])
 
     def close(self) -> None:
-        """Give up threads and communicators. Collective."""
-        self.strategy.close()
-        if isinstance(self.backprop, PipelineBackprop):
-            self.backprop.close()
-        self.mesh.free()
+        """Give up threads, and communicators, but not ``comm``. Collective."""
+        self._parts.close()
 
     @contextmanager
     def _sharing_errors(self) -> Iterator[None]:
@@ -319,28 +435,47 @@ class Trainer:
         losses = [epoch.test_loss for epoch in self.history]
         return patience is not None and bool(losses) and len(losses) - 1 - int(np.argmin(losses)) >= patience
 
-    def _epoch(self, progress: Progress, keeper: Keeper) -> None:
+    def _epoch(self, progress: Progress, keeper: Keeper, stops: Stops | None) -> None:
         communicated = self.strategy.seconds
         self._start = perf_counter() - self._seconds_before
-        for batch in self._batches():
-            self._step(batch)
-            progress.step(batch.count)
-            # At the end of an epoch its figures come first: the keeper hears of them below.
-            if keeper.is_due(self.position.step) and self.position.batch < self.steps_per_epoch:
-                begin = perf_counter()
-                self._check_loss()
-                keeper.keep(self)
-                self._start += perf_counter() - begin  # that was no training
+        with closing(self._batches()) as batches:
+            for batch in batches:
+                self._step(batch)
+                progress.step(batch.count)
+                # At the end of an epoch its figures come first: the keeper hears of them below.
+                if keeper.is_due(self.position.step) and self.position.batch < self.steps_per_epoch:
+                    begin = perf_counter()
+                    self._check_loss()
+                    keeper.keep(self)
+                    self._start += perf_counter() - begin  # that was no training
+                self.stopped = stops is not None and self._agree_to_stop(stops)
+                if self.stopped:
+                    return
         epoch = self._figures(self.seconds_so_far(), self.strategy.seconds - communicated)
         self.history.append(epoch)
         self.position.epoch += 1
         self.position.batch = 0
-        self.loss_sums[:] = 0
         self.samples = 0
+        self._set_sums(0.0)
         self._seconds_before = 0.0
+        self._all_have_gone_on()
         with self._sharing_errors(), alone(self.strategy.in_step):
             progress.epoch(epoch)
         keeper.epoch(self, epoch)
+
+    def _agree_to_stop(self, stops: Stops) -> bool:
+        if not (self.strategy.in_step or self.strategy.synchronous):
+            return stops()
+        slowest = partial(self._over_ranks, op=MPI.MAX)
+        return agreed(self._rhythm, self.position.step, stops, slowest)
+
+    def _all_have_gone_on(self) -> None:
+        """All ranks have been here, so nobody goes back to the state that was saved."""
+        self.saved = None
+        if not math.isnan(self._lost_at):
+            seconds = perf_counter() - self._lost_at
+            self.lost[-1] = replace(self.lost[-1], seconds=seconds, at=time())
+            self._lost_at = math.nan
 
     def _figures(self, seconds: float, communicated: float) -> Epoch:
         train_loss = self._check_loss()
@@ -367,23 +502,30 @@ class Trainer:
     def _step(self, batch: Batch) -> None:
         """One step on this rank's parts of a global batch."""
         share, computed, start = 0.0, 0, perf_counter()
+        losses, step = self.loss_sums.copy(), self.position.step
         for number, part in batch.parts:
             loss = self.backprop.gradients(part, self.strategy.ready)
             self.strategy.complete(number)
-            self.loss_sums[number] += loss * batch.count
+            losses[number] += loss * batch.count
             share += part.context.share
             computed += len(part)
         seconds = perf_counter() - start
-        self.strategy.step(self.rate(self.position.step), share)
+        # Should this rank be stopped in the step, another one may have finished it.
+        self.tallies.append(Tally(step + 1, self.own_samples + computed, float(losses.sum())))
+        self.strategy.step(self.rate(step), share)
+        self.loss_sums = losses
+        self.own_samples += computed
+        self.samples += batch.count
+        self.position.step += 1
+        self.position.batch += 1
+        if self.saved is not None:
+            self._all_have_gone_on()
         if self.balance is not None:
             # Ranks that hold one model together have the same parts.
             slowest = self.mesh.model.allreduce(seconds, MPI.MAX)
-            self.balance.record(self.position.step, computed, slowest)
-        self.position.step += 1
-        self.position.batch += 1
-        self.samples += batch.count
+            self.balance.record(step, computed, slowest)
 
-    def _batches(self) -> Iterator[Batch]:
+    def _batches(self) -> Generator[Batch, None, None]:
         """The rest of the epoch's batches. Made ahead in a thread where making one takes time."""
         position = self.position
         numbers = global_batches(
@@ -489,6 +631,13 @@ def _sample_weights(data: Dataset) -> npt.NDArray[np.float64]:
     if not data.classes:
         raise InputError(f"resample: expected a data set with classes, got {data.name}, which has none")
     return sample_weights(data.train_y, data.classes)
+
+
+def _given(strategy: str, shards: int | None, elastic: bool) -> dict[str, Any]:
+    """Options of a strategy that follow from the trainer's."""
+    if shards is not None:
+        return {"shards": shards}
+    return {"mirrored": True} if elastic and strategy == "sharded" else {}
 
 
 def _check_shards(comm: MPI.Intracomm, shards: int | None) -> None:

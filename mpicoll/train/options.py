@@ -14,6 +14,7 @@ from mpicoll import algorithms
 from mpicoll.compression import Compression
 from mpicoll.compression import parse as parse_compression
 from mpicoll.train.augmentation import Augmentation, parse_augmentation
+from mpicoll.train.elastic import ELASTIC
 from mpicoll.train.learning_rate import SCHEDULES
 from mpicoll.train.mesh import parse_mesh
 from mpicoll.train.networks import ACTIVATIONS, BATCH_NORMS
@@ -84,6 +85,7 @@ class Options:
     checkpoint_every: int | None
     keep: int
     resume: bool
+    elastic: bool
     patience: int | None
     json: Path | None
     metrics: Path | None
@@ -281,6 +283,11 @@ FILE = click.Path(path_type=Path)
 @click.option("--checkpoint-every", type=AT_LEAST_1, metavar="N", help="Steps.  [default: an epoch]")
 @click.option("--keep", type=AT_LEAST_1, default=3, help="Checkpoints that stay, besides the best.")
 @click.option("--resume", is_flag=True, help="Go on from the newest good checkpoint, at any number of ranks.")
+@click.option(
+    "--elastic",
+    is_flag=True,
+    help="When ranks die, go on with the others, at the same step; under `mpirun --with-ft ulfm`.",
+)
 @click.option("--patience", type=AT_LEAST_1, help="Stop after so many epochs without a smaller test loss.")
 # results
 @click.option("--json", type=FILE, metavar="FILE", help="Write the result to this file, too.")
@@ -291,6 +298,9 @@ def command(**values: Any) -> Options:
     """Train a neural network on all ranks that mpirun started.
 
     The ranks share every batch, so that any number of them takes the same steps.
+
+    Told to end, by SIGTERM or SIGUSR1, it finishes its step, keeps its state if there is a --checkpoint, and
+    ends with status 75.
     """
     options = Options(**values)
     _check_data(options)
@@ -337,6 +347,7 @@ def _check_strategy(options: Options) -> None:
         "average_every": (8, ("local",)),
         "graph": ("ring", ("gossip",)),
         "balance": (False, ("allreduce", "sharded")),
+        "elastic": (False, ELASTIC),
     }
     for name, (default, strategies) in users.items():
         if getattr(options, name) != default and options.strategy not in strategies:

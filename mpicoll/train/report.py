@@ -15,7 +15,7 @@ import json
 import math
 import os
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from time import perf_counter
@@ -27,6 +27,7 @@ from rich.progress import BarColumn, TextColumn
 from rich.progress import Progress as Bar
 from rich.table import Table
 
+from mpicoll.train.elastic import Lost
 from mpicoll.train.errors import InputError
 
 if TYPE_CHECKING:
@@ -56,6 +57,40 @@ class Progress:
     def epoch(self, epoch: Epoch) -> None:
         """After each epoch."""
 
+    def note(self, text: str) -> None:
+        """Something that whoever watches should know."""
+
+
+class FromRankZero(Progress):
+    """The observers that ``make()`` makes, where ``is_rank_zero()``: also on a rank that becomes that."""
+
+    def __init__(self, is_rank_zero: Callable[[], bool], make: Callable[[], Progress]) -> None:
+        self._is_rank_zero, self._make = is_rank_zero, make
+        self._observer: Progress | None = None
+
+    def open(self) -> None:
+        """Make the observers, if they are to be made here. Raises `InputError`."""
+        if self._observer is None and self._is_rank_zero():
+            self._observer = self._make()
+
+    @contextmanager
+    def of(self, epochs: int, steps: int, done: int) -> Iterator[None]:
+        self.open()
+        with (self._observer or Progress()).of(epochs, steps, done):
+            yield
+
+    def step(self, samples: int) -> None:
+        if self._observer is not None:
+            self._observer.step(samples)
+
+    def epoch(self, epoch: Epoch) -> None:
+        if self._observer is not None:
+            self._observer.epoch(epoch)
+
+    def note(self, text: str) -> None:
+        if self._observer is not None:
+            self._observer.note(text)
+
 
 class Several(Progress):
     """Hands on to each of ``observers``, in order."""
@@ -77,6 +112,10 @@ class Several(Progress):
     def epoch(self, epoch: Epoch) -> None:
         for observer in self.observers:
             observer.epoch(epoch)
+
+    def note(self, text: str) -> None:
+        for observer in self.observers:
+            observer.note(text)
 
 
 class Meter:
@@ -156,6 +195,9 @@ class Lines(Progress):
         self.meter.shown()
         self._say(epoch.number, *_losses(epoch), *_speed(epoch), self.meter.time_left)
 
+    def note(self, text: str) -> None:
+        self.console.print(f"note: {text}", highlight=False, soft_wrap=True)
+
     def _say(self, epoch: int, *figures: str) -> None:
         line = _joined(f"epoch {epoch}/{self.meter.epochs}", *figures)
         self.console.print(line, highlight=False, soft_wrap=True)
@@ -197,6 +239,9 @@ class LiveBar(Progress):
         self._update(epoch.number, speed, self.communication)
         line = _joined(f"epoch {epoch.number}/{self.meter.epochs}", *_losses(epoch), speed)
         self.console.print(line, highlight=False)
+
+    def note(self, text: str) -> None:
+        self.console.print(f"note: {text}", highlight=False)
 
     def _update(self, epoch: int, *figures: str) -> None:
         """What is drawn next time."""
@@ -246,9 +291,14 @@ def print_result(result: Mapping[str, Any]) -> None:
     """The final table on stdout."""
     table = Table("figure", "value", title="mpicoll.train")
     for name, value in result.items():
+        if name == "lost":
+            continue  # below, in words
         shown = f"{value:,.4f}" if isinstance(value, float) else str(value)
         table.add_row(name.replace("_", " "), shown[:16] if name.endswith("sha256") else shown)
-    Console(highlight=False).print(table)
+    console = Console(highlight=False)
+    console.print(table)
+    for lost in result.get("lost", ()):
+        console.print(f"{Lost(**lost)}; the others went on after {lost['seconds']:.3f} s")
 
 
 def check_writable(path: Path, use: str = "--json") -> None:

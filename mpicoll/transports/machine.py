@@ -20,7 +20,7 @@ from mpicoll.kernels.caching import CachedCode
 from mpicoll.kernels.memory import call, int64s
 
 _HERE = Path(__file__).parent
-_CALLERS = [_HERE.parent / name for name in ("schedule.py", "fastcalls.py", "progress.py")]
+_CALLERS = [_HERE.parent / name for name in ("schedule.py", "fastcalls.py", "fastmessages.py", "progress.py")]
 CACHED = CachedCode([*_HERE.glob("*.py"), *_CALLERS, Path(memory.__file__)])
 
 CLOCK_MONOTONIC = 1  # of Linux

@@ -52,6 +52,7 @@ TIME = 22  # address of a timespec that clock_gettime writes, and the timespec
 SLEEP = 25
 NAP = 26  # address of the timespec that says how long, and the timespec
 STATUS = 29  # address of an MPI_Status that nobody reads, and the status
+FAILED = 62  # MPI's error, which is the result from then on: a request that has failed looks complete
 EXECUTED = 63  # rows in all
 STATE_SIZE = 64
 
@@ -104,8 +105,8 @@ def _advance(state, patience):  # type: ignore[no-untyped-def]
     rows = int64s(s[ROWS])
     pc = s[PC]
     nrows = s[NROWS]
-    result = DONE
-    while pc < nrows:
+    result = s[FAILED]
+    while pc < nrows and result == DONE:
         r = pc * _WIDTH
         op, count = rows[r], rows[r + 3]
         request = s[REQUESTS] + rows[r + 1] * s[STRIDE]
@@ -129,6 +130,8 @@ def _advance(state, patience):  # type: ignore[no-untyped-def]
         if result != DONE:
             break
         pc += 1
+    if result > DONE:
+        s[FAILED] = result
     s[EXECUTED] += pc - s[PC]
     s[PC] = pc if pc < nrows else 0  # ready for the next start
     return result
@@ -193,7 +196,7 @@ class MessagePlan:
             state[slot] = self._address + 8 * (slot + 1)
         state[NAP + 2] = SHORT_SLEEP
         self._watch, self._ranks = of(comm)
-        self._waiting = Waiting(self._watch)
+        self._waiting = Waiting(self._watch, lambda: int(state[EXECUTED]))
         self._memory = memoryview(state.data)  # item assignment at a fraction of NumPy's cost
 
     def retire(self) -> None:
@@ -212,9 +215,13 @@ class MessagePlan:
         memory[TAG] = tag
         memory[BUFFERS] = send
         memory[BUFFERS + 1] = recv
-        result = _call_advance(self._address, PATIENT)
-        while result != DONE and not self._heed(result, PATIENT):
+        try:
             result = _call_advance(self._address, PATIENT)
+            while result != DONE and not self._heed(result, PATIENT):
+                result = _call_advance(self._address, PATIENT)
+        except BaseException as error:
+            self._break_off(error)
+            raise
 
     def advance(self, patience: int = PATIENT) -> bool:
         """Go on; whether the program has ended.
@@ -222,19 +229,24 @@ class MessagePlan:
         Returns false when a message has not come for ``patience`` nanoseconds. Raises `MPI.Exception` if MPI
         reports an error, `RankFailedError`, `MismatchError` or `DeadlineError` if waiting is of no use.
         """
-        return self._heed(_call_advance(self._address, patience), patience)
+        try:
+            return self._heed(_call_advance(self._address, patience), patience)
+        except BaseException as error:
+            self._break_off(error, waiting=patience == PATIENT)
+            raise
 
     def _heed(self, result: int, patience: int) -> bool:
         """Whether this result means the end of the program; raises what it means otherwise."""
-        try:
-            if result > DONE:
-                self.fail(result)
-            if result == PENDING and patience == PATIENT:
-                self.check()
-        except BaseException as error:
-            self.give_up(error)
-            raise
+        if result > DONE:
+            self.fail(result)
+        if result == PENDING and patience == PATIENT:
+            self.check()
         return bool(result == DONE)
+
+    def _break_off(self, error: BaseException, waiting: bool = True) -> None:
+        # Ctrl-C between two looks breaks nothing off, nor does it when the program is at its end.
+        if isinstance(error, Exception) or (waiting and self._state[PC]):
+            self.give_up(error)
 
     def give_up(self, error: BaseException) -> None:
         """The others are not to wait for this rank, which has met ``error``."""
@@ -242,7 +254,7 @@ class MessagePlan:
 
     def check(self) -> None:
         """Raise if a rank that is waited for will never come."""
-        self._waiting.look(int(self._state[EXECUTED]), self._describe, self._waits_for)
+        self._waiting.look(self._describe, self._waits_for)
 
     def fail(self, result: int) -> NoReturn:
         """Raise the error that MPI has reported."""
@@ -261,6 +273,12 @@ class MessagePlan:
     def tasks(self) -> list[Task]:
         """The program, once bound, for other compiled code."""
         return [Task(_advance.address, self._address, self)]
+
+    @property
+    def bound_words(self) -> tuple[int, int, list[int]]:
+        """Addresses of what `bind` writes: where the buffers' addresses go, and the tag."""
+        send = self._address + 8 * BUFFERS
+        return send, send + 8, [self._address + 8 * TAG]
 
     def set_factor(self, factor: float) -> None:
         """What sums are multiplied by where the operation is AVG, instead of one over the number of ranks."""

@@ -54,11 +54,13 @@ COLUMNS = ("op", "request", "peer", "count", "dst", "dst_at", "a", "a_at", "b", 
 
 @dataclass(frozen=True)
 class Pipeline:
-    """How a program overlaps: segment size in bytes, receives posted ahead and wavefront stride in steps."""
+    """How a program overlaps: segment size in bytes; how many steps ahead receives are posted, and sends
+    begun whose data are there already; and the wavefront's stride in steps."""
 
     segment: int
     lookahead: int = 2
     stride: int = 1
+    early: int = 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -222,6 +224,7 @@ class _Compiler:
     def compile(self) -> Program:
         steps = self._steps()
         unposted = deque(m for step in steps for m in step if not m.outgoing)
+        unsent = deque(m for step in steps for m in step if m.outgoing)
         step_of = {id(m): number for number, step in enumerate(steps) for m in step}
         last = _last_uses(steps)
         for number, step in enumerate(steps):
@@ -232,9 +235,12 @@ class _Compiler:
                 if not due and not self._may_post(message, *last[id(message)], number):
                     break
                 self._post(unposted.popleft())
-            for message in step:
-                if message.outgoing:
-                    self._send(message, number)
+            while unsent and step_of[id(unsent[0])] <= number + self.pipeline.early:
+                message = unsent[0]
+                due = step_of[id(message)] == number
+                if not due and last[id(message)][0] >= number:
+                    break
+                self._send(unsent.popleft(), step_of[id(message)])
             self._receive([m for m in step if not m.outgoing])
         self._copy_unmoved()
         for request in sorted(self.unfinished):

@@ -84,7 +84,7 @@ from mpicoll.transports.steps import (
     VECTORS,
     YIELD,
 )
-from mpicoll.watch import Waiting, Watch, call_text, grouped, of
+from mpicoll.watch import Waiting, Watch, call_text, grouped, judge, of, watch_of
 
 PATIENT = 20_000_000  # nanoseconds to wait before Python handles signals
 NOT_FAR = np.iinfo(np.int64).max  # bytes that no block has
@@ -195,6 +195,7 @@ class Channel:
         self._made = 0  # twins
         self.retired = False  # whether this rank needs it no more
         self.reason: str | None = None
+        self.broken_by: BaseException | None = None  # on this rank
         try:
             self._connect()
         except (ArenaError, MemoryError) as error:
@@ -218,19 +219,19 @@ class Channel:
         """Exchange where the blocks are, and map them; an exception on one rank is one on all."""
         arena = self._agreed(own_arena)
         self.state[ARENA], self.state[ARENA_END] = arena.address, arena.address + arena.size
-        handles = self.comm.allgather((arena.handle, self.address))
+        handles = self._allgather((arena.handle, self.address))
         _blocks, arenas, pids = self._tables
         pids[:] = [handle.pid for handle, _ in handles]
         arenas[:] = self._agreed(lambda: [arena.map(handle) for handle, _ in handles])
         self._make_block()
-        if not all(self.comm.allgather(self._can_read_memory([state for _, state in handles]))):
+        if not all(self._allgather(self._can_read_memory([state for _, state in handles]))):
             self.state[FAR] = NOT_FAR
 
     def _make_block(self) -> None:
         nbytes = CONTROL + self.sizes.ring
         self._block = self._agreed(lambda: own_arena().take(nbytes, touched=CONTROL))
         self._control = np.asarray(self._block)[:CONTROL]
-        self._tables[0] = self._tables[1] + self.comm.allgather(self._block.offset)
+        self._tables[0] = self._tables[1] + self._allgather(self._block.offset)
         _in_use.add(self)
 
     def _agreed(self, make: Callable[[], _Made]) -> _Made:
@@ -240,10 +241,17 @@ class Channel:
             made = make()
         except (ArenaError, MemoryError) as error:
             reason = f"rank {self.rank}: {error}"
-        reasons = [reason for reason in self.comm.allgather(reason) if reason]
+        reasons = [reason for reason in self._allgather(reason) if reason]
         if reasons:
             raise ArenaError(reasons[0])
         return made  # type: ignore[return-value]
+
+    def _allgather(self, thing: Any) -> list[Any]:
+        """All ranks' things; not for ever, once there is a watch that knows the ranks."""
+        watch = watch_of(self.comm)
+        if watch is None:
+            return self.comm.allgather(thing)
+        return watch.allgather(self.comm, thing, "the preparation of calls")
 
     def _can_read_memory(self, states: Sequence[int]) -> bool:
         """Whether the system lets this process read the next rank's memory: some containers forbid it."""
@@ -269,6 +277,7 @@ class Channel:
         twin.state[[ARENA, ARENA_END, FAR]] = self.state[[ARENA, ARENA_END, FAR]]
         twin._make_block()
         twin.retired = False
+        self.watch.breaks(twin)
         self._twins[self._made] = twin
         self._made += 1
         return twin
@@ -276,7 +285,7 @@ class Channel:
     def _release_twins(self) -> None:
         """Give back the memory of twins that no rank needs any more: one rank alone cannot know that."""
         retired = {number for number, twin in self._twins.items() if twin.retired}
-        for number in set.intersection(*self.comm.allgather(retired)):
+        for number in set.intersection(*self._allgather(retired)):
             _in_use.discard(self._twins.pop(number))
 
     def close(self) -> None:
@@ -317,8 +326,15 @@ class Channel:
         if gone:
             ended = "; ".join(f"rank {rank} (process {pid}) has ended" for rank, pid in gone.items())
             raise RankFailedError(ended, tuple(gone))
+        if reasons and self.watch.failure is not None:
+            raise self.watch.failure.error()
         for rank, reason in reasons.items():
             raise _meaning(rank, reason)
+
+    def shut(self) -> None:
+        """Let no further call begin on this rank."""
+        if not self.state[BROKEN]:
+            self.state[BROKEN] = GAVE_UP
 
     def give_up(self, reason: str) -> None:
         """No further call is possible on any rank; those that wait in one learn of it."""
@@ -413,8 +429,13 @@ class SharedPlan:
         """`bind` and `advance` to the end."""
         self._memory[SEND] = send
         self._memory[RECV] = recv
-        if steps.advance(self.address, PATIENT) != DONE:
-            self.finish()
+        try:
+            if steps.advance(self.address, PATIENT) != DONE:
+                self.finish()
+        except BaseException as error:
+            if self.words[STEP]:  # else it was complete, or had not begun, when Ctrl-C came
+                self.give_up(error)
+            raise
 
     def finish(self) -> None:
         """Go on to the end, looking after signals and the other ranks now and then."""
@@ -446,8 +467,9 @@ class SharedPlan:
         step = int(self.words[BASE] + self.words[STEP])
         self.channel.check(step - 1)
         if self._waiting is None:
-            self._waiting = Waiting(self.channel.watch)
-        self._waiting.look(step, self._describe, tuple)
+            words = self.words
+            self._waiting = Waiting(self.channel.watch, lambda: int(words[BASE] + words[STEP]))
+        self._waiting.look(self._describe, tuple)
 
     def _describe(self) -> str:
         return describe(self.words[CALL], self.words[SIZE])
@@ -469,6 +491,10 @@ class SharedPlan:
         """The caller needs the plan, and its own channel, no more."""
         self.channel.retired = True
 
+    def give_up(self, error: BaseException) -> None:
+        """This rank, which waits, leaves the collective with ``error``: the others are not to wait for it."""
+        self._break_off(error, waiting=True)
+
     def _break_off(self, error: BaseException, waiting: bool) -> None:
         words = self.words
         if self.channel.state[BROKEN]:
@@ -479,8 +505,10 @@ class SharedPlan:
             self.channel.state[NEXT] = words[BASE] + words[LAST]
             words[STEP] = 0
         else:
+            if getattr(error, "ranks", ()):  # no channel of theirs is of use any more
+                self.channel.watch.give_up(error)
+            self.channel.broken_by = error
             self.channel.give_up(f"{type(error).__name__}: {error}")
-            self.channel.watch.give_up(error)
 
     def fail(self, result: int) -> NoReturn:
         """Raise the error that `advance` of compiled code has met."""
@@ -490,6 +518,8 @@ class SharedPlan:
         watch = self.channel.watch
         if result == CLOSED and watch.failure is not None:
             raise watch.failure.error()
+        if result == CLOSED and isinstance(self.channel.broken_by, FAULTS):
+            raise type(self.channel.broken_by)(*self.channel.broken_by.args)
         if result == CLOSED:
             raise RankFailedError(
                 "a collective of this communicator was broken off, so no further one is possible: use "
@@ -499,6 +529,9 @@ class SharedPlan:
             raise OSError(f"the memory of rank {culprit} could not be read")
         watch.failed_in(self._describe())
         doings = watch.ask_all()
+        failure = judge(doings, watch.rank, (), settled=False)
+        if failure is not None:  # where this is a part of a call between nodes
+            raise failure.error()
         places = {rank: str(doing) for rank, doing in enumerate(doings)}
         for rank in range(self.channel.nranks):
             line = self.channel._tables[0][rank] + (int(self.words[BASE]) & 1) * CACHE_LINE

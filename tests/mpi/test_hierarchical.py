@@ -1,4 +1,4 @@
-"""Allreduce over several nodes, which one machine pretends to be."""
+"""Collectives over several nodes, which one machine pretends to be."""
 
 from __future__ import annotations
 
@@ -13,12 +13,13 @@ import numpy as np
 import pytest
 from mpi4py import MPI
 from mpicoll.kernels.reduce import DTYPES, OPERATIONS, supports
+from mpicoll.kernels.tasks import PENDING
 
 import mpicoll
 from mpicoll import algorithms, tuning
 from mpicoll import communicator as communicators
 from mpicoll.faults import RankFailedError
-from mpicoll.transports import hierarchical, shared
+from mpicoll.transports import hierarchical, lanes, shared
 from mpicoll.transports.arena import Arena, ArenaError, new_array
 from mpicoll.transports.program import Pipeline
 
@@ -108,21 +109,128 @@ def test_every_count(name: str) -> None:
 @needs_nodes
 @pytest.mark.parametrize("name", USEFUL)
 def test_large(name: str) -> None:
-    """Several pieces in the channel, several segments in messages, and inputs read where they lie."""
-    for salt, count in enumerate((100_003,)):
-        check(lasting(name), count, salt)
+    """Several pieces, several segments in messages, and inputs read where they lie."""
+    check(lasting(name), 300_007, 0)
+    check_others(lasting(name), 70_001, 1)
+
+
+def make_narrow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Communicators that are made from now on cut everything up."""
+    sizes = tuning.sizes
+    monkeypatch.setattr(tuning, "EAGER", Pipeline(512, lookahead=2, early=2))
+    monkeypatch.setattr(tuning, "piece", lambda nranks: 1600)
+    monkeypatch.setattr(tuning, "one_slice_pays", lambda nbytes: nbytes < 100)
+    narrow: dict[str, Any] = {"slot": 2048, "ring": 5 * 2048, "quiet": 256, "far": 1024, "large": 64}
+    monkeypatch.setattr(tuning, "sizes", lambda *args: sizes(*args)._replace(**narrow))
 
 
 @needs_nodes
-def test_many_small_segments(monkeypatch: pytest.MonkeyPatch) -> None:
-    sizes = tuning.sizes
-    monkeypatch.setattr(tuning, "pipeline", lambda *args: Pipeline(512))
-    narrow: dict[str, Any] = {"slot": 2048, "ring": 5 * 2048, "quiet": 256, "far": 1024, "large": 64}
-    monkeypatch.setattr(tuning, "sizes", lambda *args: sizes(*args)._replace(**narrow))
-    for layout in (TWO, UNEVEN, LONELY):
+def test_many_small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    make_narrow(monkeypatch)
+    for layout in {TWO, UNEVEN, LONELY, IN_TURN}:
         with communicator(layout) as comm:
             for salt, count in enumerate((5, 700, 3001)):
                 check(comm, count, salt, algorithm="hierarchical")
+                check_others(comm, count, salt)
+
+
+# -- the other collectives
+
+
+def counts_of(count: int) -> list[int]:
+    """A block for each rank, of uneven size, some empty."""
+    return [0 if rank % 4 == 1 else count + rank for rank in range(SIZE)]
+
+
+def check_others(comm: mpicoll.Communicator, count: int, salt: int, in_arena: bool = False) -> None:
+    """All but allreduce, with blocks of this size and of others, from several roots, in place and not."""
+    for again in range(2):
+        check_reduce_scatter(comm, count, salt + again, in_arena)
+        check_allgather(comm, count, salt + again, in_arena)
+        for root in {0, SIZE - 1, (salt + again) % SIZE}:
+            check_broadcast(comm, count, salt + again, root, in_arena)
+
+
+def check_reduce_scatter(comm: mpicoll.Communicator, count: int, salt: int, in_arena: bool) -> None:
+    named = {"algorithm": "hierarchical"}
+    whole, mine = count * SIZE, slice(count * RANK, count * (RANK + 1))
+    send, recv = empty(whole, np.int64, in_arena), empty(count, np.int64, in_arena)
+    send[:], recv[:] = data(RANK, whole, salt), -7
+    comm.Reduce_scatter_block(send, recv, **named)
+    np.testing.assert_array_equal(recv, total(SIZE, whole, salt)[mine])
+    np.testing.assert_array_equal(send, data(RANK, whole, salt))
+    comm.Reduce_scatter_block(MPI.IN_PLACE, send, **named)
+    np.testing.assert_array_equal(send[:count], recv)
+    counts = counts_of(count)
+    begin = sum(counts[:RANK])
+    send, recv = data(RANK, sum(counts), salt), np.full(counts[RANK], -7)
+    comm.Reduce_scatter(send, recv, counts, **named)
+    wanted = total(SIZE, sum(counts), salt)[begin : begin + counts[RANK]]
+    np.testing.assert_array_equal(recv, wanted)
+
+
+def check_allgather(comm: mpicoll.Communicator, count: int, salt: int, in_arena: bool) -> None:
+    named = {"algorithm": "hierarchical"}
+    send, recv = empty(count, np.int64, in_arena), empty(count * SIZE, np.int64, in_arena)
+    send[:], recv[:] = data(RANK, count, salt), -7
+    wanted = np.concatenate([data(rank, count, salt) for rank in range(SIZE)])
+    comm.Allgather(send, recv, **named)
+    np.testing.assert_array_equal(recv, wanted)
+    recv[:] = -7
+    recv[count * RANK : count * (RANK + 1)] = send
+    comm.Allgather(MPI.IN_PLACE, recv, **named)
+    np.testing.assert_array_equal(recv, wanted)
+    counts = counts_of(count)
+    begins = [sum(counts[rank + 1 :]) + 3 * (SIZE - rank) for rank in range(SIZE)]  # backwards, with gaps
+    recv = np.full(sum(counts) + 3 * SIZE, -7)
+    wanted = recv.copy()
+    for rank, (begin, length) in enumerate(zip(begins, counts, strict=True)):
+        wanted[begin : begin + length] = data(rank, length, salt)
+    comm.Allgatherv(data(RANK, counts[RANK], salt), [recv, counts, begins, MPI.INT64_T], **named)
+    np.testing.assert_array_equal(recv, wanted)
+
+
+def check_broadcast(comm: mpicoll.Communicator, count: int, salt: int, root: int, in_arena: bool) -> None:
+    buffer = empty(count, np.int64, in_arena)
+    buffer[:] = data(root, count, salt) if root == RANK else -7
+    comm.Bcast(buffer, root, algorithm="hierarchical")
+    np.testing.assert_array_equal(buffer, data(root, count, salt), f"{count=} {root=}")
+
+
+@needs_nodes
+@pytest.mark.parametrize("name", USEFUL)
+def test_every_count_of_the_others(name: str) -> None:
+    for salt, count in enumerate((0, 1, 2, SIZE, 333, 2049)):
+        check_others(lasting(name), count, salt, in_arena=salt % 2 == 1)
+
+
+@needs_nodes
+def test_every_root() -> None:
+    for name, root in itertools.product(USEFUL, range(SIZE)):
+        check_broadcast(lasting(name), 77, root, root, False)
+
+
+@needs_nodes
+@pytest.mark.parametrize("dtype", [np.dtype(np.float32), *HALVES], ids=str)
+def test_average_in_blocks(dtype: np.dtype[Any]) -> None:
+    """Once, over all ranks; and 16-bit floats are rounded once."""
+    for name, count in itertools.product(USEFUL, (1, 300)):
+        send = np.full(count * SIZE, 256.0 if RANK == 0 else 1.0).astype(dtype)
+        recv = np.zeros(count, dtype)
+        lasting(name).Reduce_scatter_block(send, recv, mpicoll.AVG, algorithm="hierarchical")
+        wanted = np.full(count, (256.0 + SIZE - 1) / SIZE).astype(dtype)
+        np.testing.assert_allclose(recv.astype("f8"), wanted.astype("f8"), rtol=1e-6)
+
+
+@needs_nodes
+@pytest.mark.parametrize("op", ["PROD", "MAX", "BXOR"])
+def test_operations_in_blocks(op: str) -> None:
+    for name in USEFUL:
+        send = contribution(np.dtype(np.int32), RANK, op, 5 * SIZE)
+        recv = np.zeros(5, np.int32)
+        lasting(name).Reduce_scatter_block(send, recv, getattr(MPI, op), algorithm="hierarchical")
+        wanted = reference(op, np.dtype(np.int32), 5 * SIZE)[5 * RANK : 5 * RANK + 5]
+        np.testing.assert_array_equal(recv, wanted)
 
 
 # -- operations and dtypes
@@ -186,30 +294,44 @@ def test_every_rank_gets_the_same_bits(name: str) -> None:
 
 
 @pytest.fixture
-def made(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The counts of elements that plans have been made for."""
-    counts: list[int] = []
-    make = hierarchical.Hierarchy.allreduce_plan
+def made(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
+    """The collectives, and numbers of elements or bytes, that plans have been made for."""
+    found: list[tuple[str, int]] = []
+    for collective in hierarchical.COLLECTIVES:
+        monkeypatch.setattr(hierarchical.Hierarchy, f"{collective}_plan", recording(collective, found))
+    return found
 
-    def recording(self: Any, operation: str, dtype: Any, count: int) -> Any:
-        counts.append(count)
-        return make(self, operation, dtype, count)
 
-    monkeypatch.setattr(hierarchical.Hierarchy, "allreduce_plan", recording)
-    return counts
+def recording(collective: str, found: list[tuple[str, int]]) -> Any:
+    make = getattr(hierarchical.Hierarchy, f"{collective}_plan")
+
+    def method(self: Any, *args: Any) -> Any:
+        size = {"allreduce": 2, "reduce_scatter": 2}.get(collective, 0)
+        found.append((collective, int(np.sum(args[size]))))
+        return make(self, *args)
+
+    return method
 
 
 @needs_nodes
-def test_auto_takes_it_from_a_few_kib_on(made: list[int]) -> None:
+def test_auto_takes_it_where_it_pays(made: list[tuple[str, int]]) -> None:
     with communicator(TWO) as comm:
-        for count in (1, 1023, 1024, 5000):
+        for count in (0, 1, 5000):
             check(comm, count, 0)
         check(comm, 5001, 0, algorithm="ring")
-    assert set(made) == {1024, 5000}
+        blocks = np.zeros(SIZE * 3000)
+        for count in (10, 3000):
+            comm.Bcast(blocks[: count * SIZE])
+            comm.Allgather(np.zeros(count), blocks[: count * SIZE])
+            comm.Reduce_scatter_block(blocks[: count * SIZE], np.zeros(count))
+            comm.Reduce(blocks, blocks.copy() if RANK == 0 else None)
+    whole = SIZE * 3000
+    others = {("broadcast", whole * 8), ("allgather", whole * 8), ("reduce_scatter", whole)}
+    assert set(made) == {("allreduce", 1), ("allreduce", 5000)} | others
 
 
 @needs_nodes
-def test_the_communicators_algorithm(made: list[int]) -> None:
+def test_the_communicators_algorithm(made: list[tuple[str, int]]) -> None:
     with communicator(TWO, transport="messages") as comm:
         check(comm, 5000, 0)
     with communicator(TWO, algorithm="ring") as comm:
@@ -221,7 +343,7 @@ def test_the_communicators_algorithm(made: list[int]) -> None:
             example.fill(1)
             getattr(comm, method)(*example.args)
             example.check(1, method)
-    assert made == [5]  # the one of Allreduce
+    assert {collective for collective, _ in made} == set(hierarchical.COLLECTIVES)
 
 
 @needs_nodes
@@ -238,9 +360,9 @@ def test_between_two_nodes_and_between_more(monkeypatch: pytest.MonkeyPatch) -> 
         used.clear()
         with communicator(layout) as comm:
             comm.Allreduce(np.zeros(3000), np.zeros(3000), algorithm="hierarchical")
-        nnodes, mates = len(set(layout)), [r for r in range(RANK) if layout[r] == layout[RANK]]
-        name = tuning.choose("allreduce", 2, 8 * 3000 // slices(layout)) if nnodes == 2 else "ring"
-        assert used == ([(name, nnodes)] if len(mates) < slices(layout) else [])
+        nnodes = len(set(layout))
+        name = tuning.choose("allreduce", nnodes, 8 * 3000 // slices(layout), network=True)
+        assert used == [(name, nnodes)]
 
 
 @needs_nodes
@@ -271,7 +393,35 @@ def test_persistent_calls(name: str) -> None:
 
 
 @needs_nodes
-def test_nonblocking_calls_send_messages(made: list[int]) -> None:
+@pytest.mark.parametrize("name", ["two", "uneven"])
+def test_persistent_calls_of_the_others(name: str) -> None:
+    comm, named = lasting(name), {"algorithm": "hierarchical"}
+    for count in (0, 37, 5000):
+        vector, part, copied = (
+            np.empty(count * SIZE, np.int64),
+            np.empty(count, np.int64),
+            np.empty(count, np.int64),
+        )
+        gathered = np.empty(count * SIZE, np.int64)
+        plans = [
+            comm.Reduce_scatter_block_init(vector, part, **named),
+            comm.Allgather_init(part, gathered, **named),
+            comm.Bcast_init(copied, SIZE - 1, **named),
+        ]
+        for salt in range(3):
+            vector[:], gathered[:] = data(RANK, count * SIZE, salt), -7
+            copied[:] = data(RANK, count, salt)
+            for plan in plans:
+                plan.Start()
+                plan.Wait()
+            np.testing.assert_array_equal(gathered, total(SIZE, count * SIZE, salt))
+            np.testing.assert_array_equal(copied, data(SIZE - 1, count, salt))
+        for plan in plans:
+            plan.Free()
+
+
+@needs_nodes
+def test_nonblocking_calls_send_messages(made: list[tuple[str, int]]) -> None:
     for algorithm in ("auto", "hierarchical"):
         with communicator(TWO, algorithm=algorithm) as comm:
             recv = np.empty(5000, np.int64)
@@ -283,7 +433,7 @@ def test_nonblocking_calls_send_messages(made: list[int]) -> None:
                 ValueError, match="got hierarchical, but nonblocking calls only send messages"
             ):
                 comm.Iallreduce(data(RANK, 5000), recv, algorithm="hierarchical")
-    assert set(made) == {3000}
+    assert set(made) == {("allreduce", 3000)}
 
 
 @needs_nodes
@@ -293,6 +443,7 @@ def test_communicators_in_turn() -> None:
     comms = [communicator(layout) for layout in layouts[:2]]
     for salt, comm in enumerate(comms * 3):
         check(comm, 1500 + salt, salt)
+        check_others(comm, 40 + salt, salt)
     with pretending(PAIRS), comms[0].Split(RANK == SIZE - 1) as part, comms[1].Dup() as duplicate:
         check(duplicate, 2000, 1)
         recv = np.empty(3000, np.int64)
@@ -321,8 +472,8 @@ def test_why_there_is_no_hierarchy(layout: tuple[int, ...], transport: str, reas
         with pytest.raises(ValueError, match=rf"algorithm: .*, got hierarchical, but {reason}"):
             comm.Allreduce(np.zeros(3), np.zeros(3), algorithm="hierarchical")
         check(comm, 3000, 0)
-        with pytest.raises(ValueError, match=r"algorithm: .* for broadcast, got 'hierarchical'"):
-            comm.Bcast(np.zeros(3), algorithm="hierarchical")
+        with pytest.raises(ValueError, match=r"algorithm: .* for alltoall, got 'hierarchical'"):
+            comm.Alltoall(np.zeros(SIZE), np.zeros(SIZE), algorithm="hierarchical")
 
 
 @needs_nodes
@@ -330,7 +481,7 @@ def test_transport_in_words() -> None:
     for layout in (TWO, UNEVEN):
         with communicator(layout) as comm:
             nodes = f"shared memory on {len(set(layout))} nodes, messages between"
-            assert comm.transport == f"hierarchical: {nodes}; all but large allreduces in messages only"
+            assert comm.transport == f"hierarchical: {nodes}"
     with communicator((0,) * SIZE) as comm:
         reads = "yes" if comm._channel is not None and comm._channel.reads_foreign_memory else "no"
         assert (
@@ -399,14 +550,16 @@ def test_slices_may_lie_in_ordinary_memory(monkeypatch: pytest.MonkeyPatch) -> N
 def test_a_rank_that_leaves_is_noticed_on_its_node(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """While the others wait for its slice, or for messages from another node, which does not send any."""
 
-    def leave(self: hierarchical.HierarchicalPlan, patience: int) -> bool:
+    def leave(address: int, patience: int) -> int:
+        assert advance(address, 0) == PENDING  # its node's sum is under way
         raise KeyboardInterrupt
 
+    advance = lanes.advance
     layout, values = LAYOUTS[name], np.zeros(100)
     with communicator(layout) as comm:
         another = communicator(layout)
         if RANK == 0:
-            monkeypatch.setattr(hierarchical.HierarchicalPlan, "_advance_across", leave)
+            monkeypatch.setattr(lanes, "advance", leave)
             with pytest.raises(KeyboardInterrupt):
                 another.Allreduce(MPI.IN_PLACE, values, algorithm="hierarchical")
             monkeypatch.undo()

@@ -109,6 +109,21 @@ def test_json_holds_a_row_for_every_rank_count_and_the_orders() -> None:
     assert [row["nranks"] for row in rows if row["algorithm"] == "bruck"] == [1, 2, 3, 9]
 
 
+def test_nodes_are_verified_with_every_algorithm_between_them() -> None:
+    result = call("verify", "allreduce", "--algorithm", "hierarchical", "--nodes", "2,3")
+    assert result.exit_code == 0
+    assert all(f"hierarchical, {name}" in result.stdout for name in algorithms.names("allreduce"))
+    assert "schedules proved right at 5 ranks" in result.stdout
+    assert "chunks 0-3 on ranks 0-4: ((0+1)+((2+3)+4))" in result.stdout
+
+
+def test_nodes_as_json() -> None:
+    options = ["--algorithm", "hierarchical", "--nodes", "1, 3 ,2", "--json"]
+    rows = json.loads(call("verify", "broadcast", *options).stdout)["results"]
+    assert [row["algorithm"] for row in rows] == [f"hierarchical, {n}" for n in algorithms.names("broadcast")]
+    assert {(row["nranks"], row["roots"], row["identical"]) for row in rows} == {(6, 6, True)}
+
+
 def test_shards_are_added_in_one_order_by_every_algorithm_at_every_rank_count() -> None:
     result = call("verify", "allreduce", "--shards", "6", "--ranks", "2-6")
     assert result.exit_code == 0
@@ -176,6 +191,17 @@ def test_a_wrong_schedule_ends_with_status_1_and_the_place(monkeypatch: pytest.M
         (["--all", "--algorithm", "ring"], "--algorithm: expected only together with a COLLECTIVE"),
         (["reduce", "--shards", "4"], "--shards: expected only together with allreduce; got reduce"),
         (["--all", "--shards", "4"], "--shards: expected only together with allreduce; got --all"),
+        (["allreduce", "--nodes", "2,3"], "--nodes: expected together with --algorithm hierarchical"),
+        (["allreduce", "--algorithm", "hierarchical"], "and only with it; got --algorithm hierarchical"),
+        (
+            ["gather", "--algorithm", "hierarchical", "--nodes", "2"],
+            "--nodes: expected COLLECTIVE to be one of allreduce, reduce_scatter, allgather, broadcast; got",
+        ),
+        (
+            ["allreduce", "--algorithm", "hierarchical", "--nodes", "2", "--ranks", "2"],
+            "--nodes: expected no --ranks beside it",
+        ),
+        (["allreduce", "--algorithm", "hierarchical", "--nodes", "2,0"], "such as 2,3; got '2,0'"),
         (["allreduce", "--shards", "0"], "'--shards': 0 is not in the range 1<=x<=100000"),
         (
             ["allreduce", "--shards", "4", "--ranks", "3-9"],

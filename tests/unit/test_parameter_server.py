@@ -27,8 +27,8 @@ def shared_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     options = launch.options
     more = ["--mca", "btl", "self,sm"]
 
-    def with_more(library: str, nranks: int) -> list[str]:
-        return options(library, nranks) + more * (library == launch.OPEN_MPI)
+    def with_more(library: str, nranks: int, elastic: bool) -> list[str]:
+        return options(library, nranks, elastic) + more * (library == launch.OPEN_MPI)
 
     monkeypatch.setattr(launch, "options", with_more)
 

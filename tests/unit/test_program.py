@@ -194,7 +194,9 @@ def configurations(collective: str, name: str, nranks: int) -> list[Case]:
                 root=roots[i % len(roots)],
                 nchunks=choice.choice(chunk_numbers),
                 count=COUNTS[i % 5],
-                pipeline=Pipeline(choice.choice(SEGMENTS), lookahead, stride),
+                pipeline=Pipeline(
+                    choice.choice(SEGMENTS), lookahead, stride, choice.choice((0, 0, 1, 4, 12))
+                ),
                 uneven=choice.random() < 0.5,
                 in_place=choice.random() < 0.5,
                 average=collective in SUMS and choice.random() < 0.5,
@@ -229,7 +231,10 @@ def cases(draw: st.DrawFn) -> Case:
         nchunks=draw(st.integers(1, 9)) if pipelines else None,
         count=draw(st.integers(0, 200)),
         pipeline=Pipeline(
-            draw(st.integers(1, 100)), draw(st.integers(0, 8)), draw(st.sampled_from((1, 2, 3, 5, 999)))
+            draw(st.integers(1, 100)),
+            draw(st.integers(0, 8)),
+            draw(st.sampled_from((1, 2, 3, 5, 999))),
+            draw(st.integers(0, 8)),
         ),
         uneven=draw(st.booleans()),
         in_place=draw(st.booleans()),
@@ -271,6 +276,21 @@ def test_receives_are_posted_ahead_but_no_farther_than_asked() -> None:
         return int(outstanding[ops.index(Op.SEND)])
 
     assert [posted_at_once(ahead) for ahead in (0, 1, 2, 5)] == [1, 2, 3, 6]
+
+
+def test_sends_begin_ahead_but_not_before_their_data_are_there() -> None:
+    """With two ranks all that is sent first is input; in the second shot every segment must come first."""
+
+    def begun_at_once(algorithm: str, early: int) -> int:
+        schedule = algorithms.schedule("allreduce", algorithm, 2)
+        bounds = chunk_bounds(960, schedule.nchunks, 8)
+        layout = Layout(np.diff(bounds), bounds[:-1], bounds[:-1])
+        pipeline = Pipeline(960 * 8 // 8 // schedule.nchunks, 0, 1, early)
+        ops: list[int] = compile_program(schedule, 0, layout, 8, pipeline).rows[:, 0].tolist()
+        return ops[: ops.index(Op.WAIT)].count(Op.SEND)
+
+    assert [begun_at_once("recursive_doubling", early) for early in (0, 1, 4, 99)] == [1, 2, 5, 8]
+    assert begun_at_once("two_shot", 99) < 16
 
 
 def test_what_one_rank_sends_another_in_a_round_is_one_message() -> None:

@@ -111,6 +111,9 @@ class Strategy:
         """This rank's part of such a vector."""
         return whole
 
+    def break_off(self) -> None:
+        """A rank has died, and this one takes no further step: get the others out that wait for it in one."""
+
     def close(self) -> None:
         """Give up what was allocated. Collective."""
 

@@ -14,12 +14,18 @@ Cost per step: that of the algorithm, with up to 2 log2 V vectors for one at its
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 from mpi4py import MPI
 
+from mpicoll.communicator import Communicator
 from mpicoll.reproducible import BUCKET, ReproducibleSum
 from mpicoll.train.model import Sequential
 from mpicoll.train.optimizer import Optimizer
 from mpicoll.train.strategies.base import Strategy
+
+_broken_off: list[ReproducibleSum] = []  # MPI may still read and write their memory
 
 
 class FixedOrder(Strategy):
@@ -38,7 +44,8 @@ class FixedOrder(Strategy):
     ):
         super().__init__(comm, model, optimizer)
         optimizer.bind(model.parameters, model.tensors)
-        self.sum = ReproducibleSum(comm, shards, algorithm, bucket_bytes)
+        with self._understood():
+            self.sum = ReproducibleSum(comm, shards, algorithm, bucket_bytes)
         self.parts, self.own_parts = shards, self.sum.own_shards
 
     def complete(self, part: int) -> None:
@@ -48,10 +55,23 @@ class FixedOrder(Strategy):
     def step(self, rate: float, share: float) -> None:
         """g = the sum over all shards; w = optimizer(w, g)."""
         before = self.sum.bytes_sent
-        with self.communicating():
+        with self.communicating(), self._understood():
             self.sum.finish(self.model.gradients)
         self.bytes_sent += self.sum.bytes_sent - before
         self.optimizer.step(self.model.gradients, rate)
 
+    def break_off(self) -> None:
+        self.sum.revoke()
+        _broken_off.append(self.sum)
+
     def close(self) -> None:
         self.sum.close()
+
+    @contextmanager
+    def _understood(self) -> Iterator[None]:
+        """What MPI's own messages, which the sum sends, raise for a dead rank is raised as what it means."""
+        if isinstance(self.comm, Communicator):
+            with self.comm._watch.understanding():
+                yield
+        else:
+            yield

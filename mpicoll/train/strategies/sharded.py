@@ -9,6 +9,8 @@ shard r only, a p-th of it all. With g_r the gradients of rank r's samples, in e
 
 Cost per step for n bytes of parameters: a reduce-scatter and an allgather of n bytes, together what an
 allreduce costs. Source: S. Rajbhandari et al., "ZeRO", SC 2020 (its stage 1).
+
+A shard of the optimizer's state is lost with its rank, unless it is ``mirrored``: see `mpicoll.train.mirror`.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from mpicoll.grouped import new_bucket
 from mpicoll.schedule import chunk_bounds
 from mpicoll.train.arrays import Array
 from mpicoll.train.layouts import bytes_sent
+from mpicoll.train.mirror import Mirror
 from mpicoll.train.model import Sequential
 from mpicoll.train.optimizer import Optimizer
 from mpicoll.train.strategies.base import Strategy
@@ -30,7 +33,7 @@ class Sharded(Strategy):
 
     name = "sharded"
 
-    def __init__(self, comm: MPI.Intracomm, model: Sequential, optimizer: Optimizer):
+    def __init__(self, comm: MPI.Intracomm, model: Sequential, optimizer: Optimizer, mirrored: bool = False):
         super().__init__(comm, model, optimizer)
         parameters = model.parameters
         bounds = chunk_bounds(parameters.size, comm.size, parameters.itemsize)
@@ -40,6 +43,19 @@ class Sharded(Strategy):
         self.gradient = new_bucket(self.end - self.begin, parameters.dtype)
         shard = parameters[self.begin : self.end]
         optimizer.bind(shard, model.tensors.cut(self.begin, self.end, comm))
+        self.mirror: Mirror | None = None
+        if mirrored:
+            vectors, trainable = list(optimizer.state), model.tensors.trainable
+            self.mirror = Mirror(comm, parameters, bounds.tolist(), vectors, trainable)
+
+    def start(self) -> None:
+        """w_r = w_0, and the first copies."""
+        super().start()
+        self._keep()
+
+    def _keep(self) -> None:
+        if self.mirror is not None:
+            self.mirror.keep(self.optimizer.steps, self.model.parameters, self.optimizer.state)
 
     def step(self, rate: float, share: float) -> None:
         """Reduce-scatter, update, allgather."""
@@ -48,6 +64,8 @@ class Sharded(Strategy):
         self.optimizer.step(self.gradient, rate)
         with self.communicating():
             self.comm.Allgatherv(MPI.IN_PLACE, [self.model.parameters, self.counts])
+            self._keep()
+        self.bytes_sent += self.mirror.nbytes if self.mirror is not None else 0
         nbytes = self.model.parameters.nbytes
         for collective in ("reduce_scatter", "allgather"):
             self.bytes_sent += bytes_sent(collective, nbytes, self.comm.size)
