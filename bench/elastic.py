@@ -132,7 +132,7 @@ def disturbed(
 
 def ranks_of(launcher: int) -> dict[int, int]:
     """The process numbers of a launcher's ranks here; Open MPI's have their ranks in their environment."""
-    found = {}
+    found: dict[int, int] = {}
     for path in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):
             parent = int((path / "stat").read_text().rpartition(")")[2].split()[1])

@@ -38,7 +38,7 @@ class Call:
 
 @dataclass(frozen=True)
 class Case:
-    """Rank ``odd`` makes the calls ``other``, all others the calls ``usual``; then all call `Barrier`."""
+    """Rank ``odd`` makes the calls ``other``, the others the calls ``usual``; then all `Barrier` and `Ibarrier`."""
 
     number: int
     kind: str
@@ -69,7 +69,8 @@ def draw(common: random.Random, number: int) -> Case:
         "exit": ("Allreduce", "Allgather", "Alltoall", "Barrier"),  # in which everybody is waited for
     }.get(kind, METHODS)
     call = draw_call(common, methods, nranks)
-    usual, other = (call,), (call,)
+    usual: tuple[Call, ...] = (call,)
+    other: tuple[Call, ...] = (call,)
     if kind in ("skip", "exit"):
         other = ()
     elif kind == "order":

@@ -4,7 +4,8 @@
 
 Ranks 2 to 4; in shared memory, in messages, and on pretended nodes; all collectives, blocking, nonblocking
 and persistent. One rank calls another collective, or with another count, dtype, operation or root, makes two
-calls in the other order, leaves one out, or ends its program. Then all call `Barrier`. A case is
+calls in the other order, leaves one out, or ends its program. Then all call `Barrier` and
+`Ibarrier`, so who need not wait in the calls that differ may learn it there. A case is
 
 - **clear** if every rank gets an error with every rank's place and both calls, or who has ended,
 - **unclear** if some error says less,

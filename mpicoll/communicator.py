@@ -342,8 +342,8 @@ class Communicator(MPI.Intracomm):
 
         To be called when a collective has raised `RankFailedError`, which the others get from theirs, too.
         From then on this communicator, those made from it, and what was set up on it are of no use; `Free` on
-        it waits for nobody. Ranks that end meanwhile are left out, too. Needs an MPI that lets a job outlive a
-        rank, Open MPI started by ``mpirun --with-ft ulfm``; raises RuntimeError elsewhere.
+        it waits for nobody. Ranks that end meanwhile are left out, too. Needs an MPI that lets a job outlive
+        a rank, Open MPI started by ``mpirun --with-ft ulfm``; raises RuntimeError elsewhere.
         """
         if not outlives_ranks():
             raise RuntimeError(

@@ -433,7 +433,7 @@ class Watch:
         self._complete(comm, comm.Iallgather(np.array([mine.size]), sizes), call)
         everything = np.zeros(sizes.sum(), np.uint8)
         self._complete(comm, comm.Iallgatherv(mine, [everything, sizes]), call)
-        return [pickle.loads(part) for part in np.split(everything, np.cumsum(sizes)[:-1])]
+        return [pickle.loads(part.tobytes()) for part in np.split(everything, np.cumsum(sizes)[:-1])]
 
     def _complete(self, comm: MPI.Intracomm, request: MPI.Request, call: str) -> None:
         others = tuple(rank for rank in of(comm)[1] if rank != self.rank)

@@ -3,7 +3,8 @@
 First the tests that need no MPI or start jobs themselves, then those that need it on 1, 2, 3 and 4 ranks, and
 those marked ``algorithms`` on 5, 7 and 8; then those on several hosts and under Slurm, which this machine
 pretends to be where it allows that. Ends with one line of counts, and with a status other than 0 if anything
-failed or nothing ran. Needs the standard library and mpicoll.launch; run it with the Python that the tests are to use.
+failed or nothing ran. Needs the standard library and mpicoll.launch; run it with the Python that the tests
+are to use.
 """
 
 from __future__ import annotations
@@ -46,7 +47,9 @@ def launches(only: str | None, ranks: Sequence[int], extra: Sequence[str]) -> li
     mpi = [mpi_launch(nranks, [*pytest, "--with-mpi"], unless_given("tests/mpi", extra)) for nranks in ranks]
     kinds = {"unit": [], "mpi": mpi, "hosts": [], "slurm": []}
     for kind in ("unit", "hosts", "slurm"):
-        kinds[kind] = [Launch(f"tests/{kind}", [*pytest, *unless_given(f"tests/{kind}", extra)])]
+        # Two at once, file by file: many unit tests wait for jobs that they have started.
+        workers = ["-n", "2", "--dist", "loadfile"] if kind == "unit" else []
+        kinds[kind] = [Launch(f"tests/{kind}", [*pytest, *workers, *unless_given(f"tests/{kind}", extra)])]
     return [job for kind in kinds if only in (None, kind) for job in kinds[kind]]
 
 

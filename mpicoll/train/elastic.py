@@ -24,6 +24,9 @@ With shards a state is put together from those who have its parts, after the new
 theirs: see `mpicoll.train.mirror`. Until a rank has taken a step with the others, or ended an epoch, it keeps
 the whole state that it has begun with, or was given in 2. After that, all others have been through 3.
 
+A rank that dies before the training, while data are read or the trainer is made, ends the job as ever:
+nothing is lost then. From then on, to the last report, any may die.
+
 Lost are, of the epoch in which ranks die, the losses that they alone knew (its training loss is that of the
 other samples), and what a compression has not sent yet.
 

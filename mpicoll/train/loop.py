@@ -21,6 +21,7 @@ from contextlib import AbstractContextManager, ExitStack, closing, contextmanage
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
+from pathlib import Path
 from time import perf_counter, time
 from typing import Any, TypeVar
 
@@ -258,7 +259,8 @@ class Trainer:
         in step, as in ps-async, each for itself.)
 
         With ``elastic`` what begins on many ranks may end on fewer: ``comm`` has those, ``lost`` says who
-        died and when. Nothing collective may follow then on the communicator that the trainer was made with.
+        died and when. Then nothing collective may follow on the communicator that the trainer was made with,
+        and `mpicoll.train.leave` is the way to end the program.
 
         Raises `InputError`, on all ranks, when the loss is no number any more; `StateLostError`, on all that
         are left, if the others have taken something with them that nobody else had.
@@ -606,14 +608,14 @@ class Trainer:
 
 
 def blas_threads(comm: MPI.Intracomm) -> int:
-    """How many threads this rank's BLAS may use: its cores, shared with the node's ranks that use them too.
+    """How many threads this rank's BLAS may use: its cores, shared with the ranks that use them too.
 
     Each rank's BLAS would otherwise start a thread per core, and the ranks would keep each other waiting.
     """
     own = os.sched_getaffinity(0)
-    node = comm.Split_type(MPI.COMM_TYPE_SHARED)
-    sharers = sum(bool(own & other) for other in node.allgather(own))
-    node.Free()
+    machine = Path("/proc/sys/kernel/random/boot_id").read_text()
+    everyones = comm.allgather((machine, own))
+    sharers: int = sum(other == machine and bool(own & cores) for other, cores in everyones)
     return max(1, usable_cpus() // sharers)
 
 

@@ -81,7 +81,7 @@ def make_mesh(comm: MPI.Intracomm, sizes: Mapping[str, int]) -> Mesh:
         )
     tensor_rank, rest = comm.rank % tensors, comm.rank // tensors
     stage, replica = rest % pipelines, rest // pipelines
-    alone = comm if comm.size == 1 else _split(comm, comm.rank)
+    alone = comm if comm.size == 1 else MPI.Intracomm(MPI.COMM_SELF).Dup()
     return Mesh(
         world=comm,
         data=comm if data == comm.size else _split(comm, stage * tensors + tensor_rank),

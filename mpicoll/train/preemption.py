@@ -11,7 +11,12 @@ ranks come to the same ones:
 
     steps to the next = min(2, PERIOD / seconds) times the steps from the last, at least 1
 
-Gradients have no part in this, so deterministic training keeps its bits.
+Gradients have no part in this, so deterministic training keeps its bits. In ps-async, where ranks are not in
+step, each rank that is told stops by itself, and waits for the others at the end. A rank that only serves
+does not listen.
+
+Signals are for the ranks. Open MPI's mpirun hands SIGUSR1 on to them; when it gets SIGTERM itself, it ends
+them a quarter of a second later.
 
 Source of the status: sysexits.h of BSD, whose EX_TEMPFAIL asks to try again later.
 """

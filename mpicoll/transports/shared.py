@@ -341,6 +341,8 @@ class Channel:
         if os.getpid() != self._pid:
             return  # a copy of the process that fork made is not the rank
         self.state[BROKEN] = GAVE_UP
+        if self._control[GIVEN_UP]:
+            return  # the first reason stays: the program may end before the others have read it
         text = reason.encode()[: CONTROL - GIVEN_UP - 1] + b"\0"
         self._control[GIVEN_UP : GIVEN_UP + len(text)] = np.frombuffer(text, np.uint8)
 

@@ -198,10 +198,11 @@ def test_in_the_backward_pass(tmp_path: Path, mpirun: list[str]) -> None:
     check(told, [[[1], 8]])
 
 
-def test_uneven_parts(tmp_path: Path, mpirun: list[str]) -> None:
-    deaths = {0: ("Optimizer.step", 18)}
+def test_neighbours_that_die_one_after_the_other(tmp_path: Path, mpirun: list[str]) -> None:
+    """The second one before it has taken a step without the first. With uneven parts of batches."""
+    deaths = {0: ("Optimizer.step", 18), 1: ("Trainer._train", 2)}
     told = survivors(mpirun, tmp_path, 3, deaths, "sharded", ("accumulated",), balance=True)
-    check(told, [[[0], 17]])
+    check(told, [[[0], 17], [[1], 17]])
 
 
 def test_neighbours_that_die_together(tmp_path: Path, mpirun: list[str]) -> None:

@@ -172,10 +172,11 @@ def test_mpi_tells_who_has_died(tmp_path: Path) -> None:
     if library_of(mpirun) != launch.OPEN_MPI:
         pytest.skip("ULFM is Open MPI's")
     (tmp_path / "program.py").write_text(WITH_ULFM)
-    program, *line = launch.command(4, [sys.executable, str(tmp_path / "program.py"), str(tmp_path)])
+    program = [sys.executable, str(tmp_path / "program.py"), str(tmp_path)]
+    command = launch.command(4, program, elastic=True)
     ended = subprocess.run(
-        [program, "--with-ft", "ulfm", *line],
-        env=launch.environment(program),
+        command,
+        env=launch.environment(command[0]),
         cwd=tmp_path,
         capture_output=True,
         text=True,

@@ -90,7 +90,7 @@ def test_a_reply_is_the_handlers_in_json(make: Make) -> None:
 
 def test_requests_are_answered_beside_each_other(make: Make) -> None:
     """An answer may need others' answers, which may need this process's."""
-    first = make(one=lambda _: 1, ask=lambda _: ask(first.contact, "one", None) + 1)
+    first: Service = make(one=lambda _: 1, ask=lambda _: ask(first.contact, "one", None) + 1)
     start = time.monotonic()
     assert ask(first.contact, "ask", None) == 2
     assert time.monotonic() - start < ANSWER_WITHIN

@@ -154,6 +154,17 @@ def test_a_mismatch_is_found_though_the_other_rank_has_gone_on() -> None:
     )
 
 
+def test_algorithms_are_named_if_nothing_else_differs() -> None:
+    ring, tree = (Doing("a.py:1 in f", A, 1.0, {7: f"{A} by {name}"}) for name in ("ring", "tree"))
+    assert judged([ring, tree]).text == (
+        f"the ranks are in different calls: rank 0 in {A} by ring at a.py:1 in f; "
+        f"rank 1 in {A} by tree at a.py:1 in f"
+    )
+    assert judged([ring, ring]) is None
+    other = Doing("a.py:2 in f", B, 1.0, {7: f"{B} by tree"})
+    assert " by " not in judged([ring, other]).text
+
+
 def test_a_mismatch_of_others_alone_is_theirs_to_find() -> None:
     """This rank may not be in that call at all: of a part of the communicator, for one."""
     assert judged([at(1, A, number=3), at(2, B), at(3, A)]) is None
@@ -271,9 +282,14 @@ def test_the_line_is_the_programs() -> None:
 def test_the_line_passes_over_libraries_and_the_package() -> None:
     """NumPy calls back here, from a function that the program has called."""
     found: list[str] = []
-    np.vectorize(lambda _: found.append(line_of()) or 0, otypes=[int])([1])
-    np.apply_along_axis(lambda row: found.append(_from_the_package()) or row, 0, np.zeros(1))
-    assert all(line.startswith("test_watch.py:") for line in found), found
+
+    def note(row: Any) -> int:
+        found.append(line_of())
+        found.append(_from_the_package())
+        return 0
+
+    np.apply_along_axis(note, 0, np.zeros(1))
+    assert len(found) == 2 and all(line.startswith("test_watch.py:") for line in found), found
 
 
 def _from_the_package() -> str:

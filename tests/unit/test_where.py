@@ -203,6 +203,7 @@ def check_stopped(job: Job) -> None:
     os.kill(job.pid(1), signal.SIGSTOP)
     said = where_all_are(call(job.pid(0)).output, job)
     os.kill(job.pid(1), signal.SIGCONT)
+    time.sleep(0.3)  # until it has looked around again
     assert said[1] == f"process {job.pid(1)} on {socket.gethostname()} does not answer"
     assert said[0].startswith("in Allreduce") and said[2].startswith("in no collective")
 
