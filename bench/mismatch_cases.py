@@ -38,7 +38,7 @@ class Call:
 
 @dataclass(frozen=True)
 class Case:
-    """Rank ``odd`` makes the calls ``other``, the others the calls ``usual``; then all `Barrier` and `Ibarrier`."""
+    """Rank ``odd`` makes the calls ``other``, the others ``usual``; then all `Barrier` and `Ibarrier`."""
 
     number: int
     kind: str
