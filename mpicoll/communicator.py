@@ -15,7 +15,7 @@ from mpi4py import MPI
 from mpicoll import algorithms, fastcalls, tuning
 from mpicoll.calls import HIERARCHICAL, SHARED, CallMaker, Operation
 from mpicoll.fastcalls import FastMethod
-from mpicoll.fastmessages import KnownMethod
+from mpicoll.fastmessages import CallCount, KnownMethod
 from mpicoll.faults import RankFailedError, outlives_ranks
 from mpicoll.grouped import ManyCalls
 from mpicoll.placement import check_world
@@ -206,7 +206,7 @@ class Communicator(MPI.Intracomm):
         self._used = self._describe(reason)
         self._make_callers(spins, reason, network)
         self._repeated = RepeatedCalls(self._maker.release)
-        self._number = np.zeros(1, np.int64)  # of the last call in messages
+        self._count = CallCount(ONE_SHOT_TAGS)
         self._quicken()
         self._persistent_tag = 0
         self._many = ManyCalls(self._maker, self._channel, self._take_persistent_tag())
@@ -272,20 +272,20 @@ class Communicator(MPI.Intracomm):
                 fast = self._fast[name.lower()] = FastMethod(name, plan, slow)
                 setattr(self, name, fast.call)
             else:
-                known = self._known[name.lower()] = KnownMethod(name, slow, self._number, ONE_SHOT_TAGS)
+                known = self._known[name.lower()] = KnownMethod(name, slow, self._count)
                 setattr(self, name, known.call)
 
     def _next_tag(self, call: Call) -> int:
         """A tag for a call; those that need none must not count, for some are compiled and cannot."""
         if not call.plan.tagged:
             return 0
-        self._number[0] = number = (int(self._number[0]) + 1) % ONE_SHOT_TAGS
-        self._watch.begin(number, call.what)
-        return number | call.what.mark
+        tag = self._count.next_tag(call.what)
+        self._watch.begin(self._count.number, call.what)
+        return tag
 
     def _begin(self, what: What) -> None:
         """A call has begun that compiled code has numbered."""
-        self._watch.begin(int(self._number[0]), what)
+        self._watch.begin(self._count.number, what)
 
     def _know(self, name: str, call: Call, args: tuple[Any, ...], named: Mapping[str, Any]) -> bool:
         """Whether the compiled method does calls like this one, in messages, from now on."""

@@ -50,15 +50,16 @@ from mpicoll.requests import Call
 from mpicoll.transports.machine import CACHED, address_of
 from mpicoll.transports.shared import SharedPlan
 from mpicoll.transports.steps import REDUCE_SCATTER
-from mpicoll.watch import What
+from mpicoll.watch import What, mark_bits
 
 # -- more of a method's state, where that of `fastcalls` has its kinds of elements
 NKNOWN = STATE_SIZE  # how many calls are known
 ENTRIES = STATE_SIZE + 1  # address of what is known of them
-NUMBER = STATE_SIZE + 2  # address of the communicator's number of the last call in messages
-NUMBERS = STATE_SIZE + 3  # it begins anew here
-DECREF = STATE_SIZE + 4  # address of a function of CPython
-WIDE_STATE_SIZE = STATE_SIZE + 5
+COUNT = STATE_SIZE + 2  # address of the two words of `CallCount`
+NUMBERS = STATE_SIZE + 3  # its first begins anew here
+MARKS = STATE_SIZE + 4  # bits that its second may have
+DECREF = STATE_SIZE + 5  # address of a function of CPython
+WIDE_STATE_SIZE = STATE_SIZE + 6
 
 # -- what is known of a call
 OPERATION = 0  # address of the Python object
@@ -73,7 +74,7 @@ SEND_WORD = 13  # addresses of words that are to hold the addresses of buffers
 RECV_WORD = 14
 TAG_WORDS = 15  # address of a table of addresses of words that are to hold the tag, and its length
 NTAGS = 16
-MARK = 17  # the tag's upper bits
+MARK = 17  # the fingerprint, in the tag's upper bits
 NBYTES = 18
 BEGIN = 19  # Python functions: the call has begun, and complete it
 COMPLETE = 20
@@ -82,6 +83,8 @@ ENTRY_SIZE = 21
 NO_ARRAY = -1  # as a size
 GONE = -2  # as a size: the call was broken off, and MPI may still use its plan
 MAX_CALLS = 32
+
+FACTOR = 31  # odd, so that what has once made marks differ is never multiplied away
 
 
 @njit
@@ -120,12 +123,13 @@ def _find(s, args, nargs, names):  # type: ignore[no-untyped-def]
 
 @njit
 def _bind(s, e, args):  # type: ignore[no-untyped-def]
-    """The next number, and the caller's buffers."""
-    number = int64s(s[NUMBER])
-    number[0] = (number[0] + 1) % s[NUMBERS]
+    """The next tag, as `CallCount.next_tag`, and the caller's buffers."""
+    count = int64s(s[COUNT])
+    count[0] = (count[0] + 1) % s[NUMBERS]
+    count[1] = (count[1] * FACTOR + e[MARK]) & s[MARKS]
     tags = int64s(e[TAG_WORDS])
     for i in range(e[NTAGS]):
-        int64s(tags[i])[0] = number[0] | e[MARK]
+        int64s(tags[i])[0] = count[0] | count[1]
     given = int64s(args)
     int64s(e[SEND_WORD])[0] = _address(given, e[SEND_FROM])
     int64s(e[RECV_WORD])[0] = _address(given, e[RECV_FROM])
@@ -151,23 +155,45 @@ def _call_known(me, args, nargs, names):  # type: ignore[no-untyped-def]
     return _finish(s)
 
 
+class CallCount:
+    """How many calls of a communicator have travelled in messages, up to ``numbers``, and which.
+
+    Every call's fingerprint changes the marks of all later ones, so that after a mismatch that no rank has
+    noticed, because all only sent, the next call that waits does not meet the others'.
+    """
+
+    def __init__(self, numbers: int) -> None:
+        self.numbers = numbers
+        self.words = np.zeros(2, np.int64)
+
+    @property
+    def number(self) -> int:
+        """That of the last call."""
+        return int(self.words[0])
+
+    def next_tag(self, what: What) -> int:
+        """The tag of the next call: its number, and the mark of it and those before."""
+        number, mark = self.words.tolist()
+        number, mark = (number + 1) % self.numbers, (mark * FACTOR + what.mark) & mark_bits()
+        self.words[:] = number, mark
+        return int(number | mark)
+
+
 class KnownMethod:
     """A compiled collective, ``call``, before the Python method ``slow`` of the same name.
 
-    ``number`` is an int64 array of one element, the number of the last call in messages; it goes up to
-    ``numbers`` and begins anew.
+    ``count`` is that of the communicator's calls in messages.
     """
 
-    def __init__(
-        self, name: str, slow: Callable[..., None], number: np.ndarray[Any, Any], numbers: int
-    ) -> None:
+    def __init__(self, name: str, slow: Callable[..., None], count: CallCount) -> None:
         nothing = Task(0, 0, None)
         self._state = _new_state(nothing, slow, slow, WIDE_STATE_SIZE)
         self._entries = np.zeros((MAX_CALLS, ENTRY_SIZE), np.int64)
-        self._state.owned += (self._entries, number)
+        self._state.owned += (self._entries, count)
         self._state[COLLECTIVE] = METHODS[name]
-        self._state[ENTRIES], self._state[NUMBER] = self._entries.ctypes.data, number.ctypes.data
-        self._state[NUMBERS], self._state[DECREF] = numbers, address_of(ctypes.pythonapi.Py_DecRef)
+        self._state[ENTRIES], self._state[COUNT] = self._entries.ctypes.data, count.words.ctypes.data
+        self._state[NUMBERS], self._state[MARKS] = count.numbers, mark_bits()
+        self._state[DECREF] = address_of(ctypes.pythonapi.Py_DecRef)
         self.call = _method(name, _call_known, self._state, slow.__doc__)
 
     def learn(

@@ -10,10 +10,10 @@ answers it judges:
 - nothing of this, and no progress for ``MPICOLL_TIMEOUT`` seconds: `DeadlineError`, with where every rank is.
 
 Whoever finds an error tells the others. The calls of a communicator that travel in messages are **numbered**;
-the number and a fingerprint of the arguments make the tag of a call's messages. So messages of different
-calls never meet: a mismatch is a wait, which ends as above, and never a wrong result. (Fingerprints have 14
-bits or more, so one mismatch in 16384 escapes.) Ranks that share memory compare every call: see
-`transports.steps`.
+the number and a fingerprint, of this call's arguments and of all calls before, make the tag of its messages.
+So messages of different calls never meet: a mismatch is a wait, of this call or a later one, which ends as
+above, and never a wrong result. (Fingerprints have 14 bits or more, so one mismatch in 16384 escapes.) Ranks
+that share memory compare every call: see `transports.steps`.
 """
 
 from __future__ import annotations
@@ -82,9 +82,10 @@ def call_text(collective: str, *arguments: str) -> str:
 
 
 @cache
-def _mark_bits() -> int:
+def mark_bits() -> int:
+    """The bits of a tag that say which call it is of, besides its number; as many as MPI has."""
     bound: int = MPI.COMM_WORLD.Get_attr(MPI.TAG_UB)  # type: ignore[assignment]
-    return max(0, (bound + 1).bit_length() - 1 - NUMBER_BITS)
+    return max(0, (1 << (bound + 1).bit_length() - 1) - (1 << NUMBER_BITS))
 
 
 @lru_cache(4096)
@@ -94,8 +95,8 @@ def what(
     """The call with these arguments, which are the same on all ranks; ``shape`` is in bytes without dtype."""
     size = "" if shape is None else f"{shape} bytes" if dtype is None else f"{dtype}[{shape}]"
     text = call_text(collective, size, operation, "" if root is None else f"root={root}")
-    fingerprint = crc32(f"{text} {algorithm}".encode()) & ((1 << _mark_bits()) - 1)
-    return What(text, algorithm, fingerprint << NUMBER_BITS)
+    fingerprint = crc32(f"{text} {algorithm}".encode()) << NUMBER_BITS
+    return What(text, algorithm, fingerprint & mark_bits())
 
 
 # -- where this process is

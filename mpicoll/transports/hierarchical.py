@@ -32,7 +32,7 @@ from mpicoll.transports.program import Layout, Place, compile_program
 from mpicoll.transports.shared import NO_REDUCTION, PATIENT, Channel, Reduction, SharedPlan, Sizes, reduction
 from mpicoll.transports.stages import AcrossStep, NodeStep, Range, Steps, View
 from mpicoll.transports.steps import BROKEN, NEXT, RECV, SEND, STEP
-from mpicoll.watch import Watch
+from mpicoll.watch import Watch, of
 
 COLLECTIVES = ("allreduce", "reduce_scatter", "broadcast", "allgather")  # that can be done so
 
@@ -97,7 +97,8 @@ class Hierarchy:
 
     def _first_reason(self, reason: str | None) -> str | None:
         """The first that any rank has, on all ranks: what one node cannot do, the others must not begin."""
-        return next((reason for reason in self.whole.allgather(reason) if reason), None)
+        reasons = of(self.whole)[0].allgather(self.whole, reason, "the preparation of calls")
+        return next((reason for reason in reasons if reason), None)
 
     @property
     def nnodes(self) -> int:

@@ -184,13 +184,13 @@ def test_compiled_and_python_methods_number_calls_together(comm: mpicoll.Communi
 def test_the_number_begins_anew(comm: mpicoll.Communicator) -> None:
     send, recv = vectors(5)
     comm.Allreduce(send, recv)
-    comm._number[0] = communicators.ONE_SHOT_TAGS - 3
+    comm._count.words[0] = communicators.ONE_SHOT_TAGS - 3
     for salt in range(6):
         send[:] = data(RANK, 5, salt)
         with only_compiled():
             comm.Allreduce(send, recv)
         np.testing.assert_array_equal(recv, total(SIZE, 5, salt))
-    assert comm._number[0] == 3
+    assert comm._count.number == 3
 
 
 @pytest.mark.skipif(SIZE < 2, reason="needs another rank")

@@ -250,6 +250,20 @@ def test_algorithms_are_a_part_of_a_call_in_messages(make: Callable[..., Comm]) 
     assert "in Allreduce(float32[5], SUM) by recursive_doubling at" in text
 
 
+@pytest.mark.parametrize("known", [False, True])
+def test_calls_in_which_all_ranks_only_send_are_told_by_the_next(
+    make: Callable[..., Comm], known: bool
+) -> None:
+    comm = make("messages")
+    values = np.zeros(5)
+    for root in range(SIZE) if known else ():
+        comm.Bcast(values, root=root)
+        comm.Bcast(values, root=root)
+    comm.Bcast(values, root=RANK)
+    with pytest.raises(MismatchError, match="Bcast"):
+        comm.Barrier()
+
+
 def test_a_request_that_nobody_waits_for_is_watched(make: Callable[..., Comm]) -> None:
     comm = make("messages")
     request = comm.Iallreduce(np.ones(5 + RANK), np.zeros(5 + RANK))
