@@ -6,7 +6,8 @@ answers it judges:
 
 - a rank has broken a collective off, or found another that has: this rank stops, too, with the same error;
 - a rank that is waited for has ended: `RankFailedError`;
-- two ranks are, or were, in different calls of the same number: `MismatchError`, with all ranks' calls;
+- two ranks are, or were, in different calls of the same number: `MismatchError`, with all ranks' calls; and
+  so if all ranks share memory, where nothing is on its way, and have waited for seconds in different calls;
 - nothing of this, and no progress for ``MPICOLL_TIMEOUT`` seconds: `DeadlineError`, with where every rank is.
 
 Whoever finds an error tells the others. The calls of a communicator that travel in messages are **numbered**;
@@ -45,6 +46,8 @@ from mpicoll.service import Contact, EndedError, Handler, NoAnswerError, ask, se
 FIRST_LOOK = 0.25  # seconds without progress; far longer than a healthy step's differences between ranks
 LONGEST_PAUSE = 10.0  # seconds between looks
 SETTLED = 1.0  # seconds without progress after which what an ended rank has sent must have come
+DEADLOCKED = 3.0  # seconds without progress on any rank; far longer than a turn on a crowded core takes
+REMEMBERED = 10.0  # seconds after an error for which a rank says where it has met it
 FRESH = 1.0  # seconds for which a rank that has looked counts as waiting
 STALLED = 60.0  # seconds without progress after which the job's standard error hears of it, once
 DEFAULT_TIMEOUT = 1800.0  # seconds: longer than evaluating or saving takes while others wait
@@ -173,8 +176,8 @@ ERRORS: dict[str, type[Exception]] = {
 class Doing:
     """What a rank says of itself, or is found to be: ``silence`` says why it says nothing.
 
-    ``call`` is what it waits in, for ``waited`` seconds; ``recent`` its last calls in messages, with their
-    algorithms, by number.
+    ``call`` is what it waits in, for ``waited`` seconds, ``inside`` the communicator in question or another;
+    ``recent`` its last calls in messages, with their algorithms, by number.
     """
 
     line: str = ""
@@ -184,12 +187,13 @@ class Doing:
     failure: Failure | None = None
     silence: str = ""
     ended: bool = False
+    inside: bool = False
 
     @classmethod
     def of(cls, said: Mapping[str, Any]) -> Doing:
         recent = {int(number): text for number, text in said["recent"].items()}
         failure = said["failure"] and Failure.of(said["failure"])
-        return cls(said["line"], said["call"], said["waited"], recent, failure)
+        return cls(said["line"], said["call"], said["waited"], recent, failure, inside=said["inside"])
 
     def __str__(self) -> str:
         if self.silence:
@@ -248,6 +252,15 @@ def _mismatch(doings: Sequence[Doing], own: int) -> Failure | None:
     return None
 
 
+def deadlock(doings: Sequence[Doing]) -> Failure | None:
+    """Whether all ranks wait for each other in different calls, nothing being on its way between them."""
+    stuck = all(doing.inside and doing.waited >= DEADLOCKED for doing in doings)
+    if not stuck or len({doing.call for doing in doings}) == 1:
+        return None
+    places = {rank: str(doing) for rank, doing in enumerate(doings)}
+    return Failure("mismatch", f"the ranks wait for each other in different calls: {grouped(places)}")
+
+
 # -- a rank's own view
 
 
@@ -273,7 +286,7 @@ class Watch:
         self._standing: dict[int, What] = {}
         self._waits: weakref.WeakSet[Waiting] = weakref.WeakSet()
         self._channels: weakref.WeakSet[Breakable] = weakref.WeakSet()
-        self._failed_in = ("", "")
+        self._failed_in = ("", "", -math.inf)
         self.contacts: list[Contact] = []
         if self.nranks > 1:
             service = service_of(os.getpid(), _handlers)
@@ -293,6 +306,11 @@ class Watch:
     def breaks(self, channel: Breakable) -> None:
         """Let no call begin in ``channel``, either, once the communicator is broken."""
         self._channels.add(channel)
+
+    @property
+    def on_one_node(self) -> bool:
+        """Whether all ranks share memory."""
+        return bool(self._channels)
 
     def begin(self, number: int, call: What) -> None:
         """The call of this number begins. Raises what has broken the communicator."""
@@ -317,14 +335,17 @@ class Watch:
         """What this rank says of itself."""
         now = monotonic()
         waits = sorted((w for w in _all_waits() if w.goes_on(now)), key=lambda w: w.since)
-        call, line, waited = *self._failed_in, 0.0
-        for wait_ in waits[:1]:
+        here = [wait_ for wait_ in waits if wait_ in self._waits]
+        call, line, then = self._failed_in
+        call, line, waited = (call, line, 0.0) if now - then < REMEMBERED else ("", "", 0.0)
+        for wait_ in here[:1] or ([] if call else waits[:1]):
             call, line, waited = wait_.call, line_of(wait_.thread), now - wait_.since
         recent = [entry for entry in self._recent if entry is not None]
         return {
             "line": line or line_of(),
             "call": call,
             "waited": waited,
+            "inside": bool(here),
             "recent": {number: call.whole for number, call in (*recent, *self._standing.items())},
             "failure": self.failure and asdict(self.failure),
         }
@@ -393,7 +414,7 @@ class Watch:
 
     def failed_in(self, call: str) -> None:
         """For others that ask later: in which call, and where, this rank has failed."""
-        self._failed_in = (call, line_of(threading.get_ident()))
+        self._failed_in = (call, line_of(threading.get_ident()), monotonic())
 
     def error_of(self, error: MPI.Exception) -> Exception:
         """What an error of MPI means: a rank that has ended, or the error itself."""
@@ -489,6 +510,10 @@ class Waiting:
         whole = self._watch.failure is None  # else it has been broken off, or will be at once
         return whole and now - self.seen < FRESH and self._current() == self._progress
 
+    def end(self) -> None:
+        """The plan has been broken off."""
+        self.seen = -math.inf
+
     def look(self, call: Callable[[], str], waits_for: Callable[[], Collection[int]]) -> None:
         """``call`` gives what the plan does in words, ``waits_for`` ranks of the watch.
 
@@ -516,6 +541,8 @@ class Waiting:
         """Raise if what the ranks say means that there is nothing to wait for."""
         watch, waited = self._watch, self._asked - self.since
         failure = judge(doings, watch.rank, waits_for, waited >= SETTLED)
+        if failure is None and watch.on_one_node:
+            failure = deadlock(doings)
         places = {rank: str(doing) for rank, doing in enumerate(doings)}
         if failure is None and waited >= watch.timeout:
             text = f"no progress for {waited:.3g} s (MPICOLL_TIMEOUT={watch.timeout:g}): {grouped(places)}"

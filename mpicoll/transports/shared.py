@@ -499,6 +499,10 @@ class SharedPlan:
 
     def _break_off(self, error: BaseException, waiting: bool) -> None:
         words = self.words
+        if self._waiting is not None:
+            self._waiting.end()
+        if isinstance(error, FAULTS):
+            self.channel.watch.failed_in(self._describe())
         if self.channel.state[BROKEN]:
             return
         finished = words[STEP] == words[LAST] > 0 and not words[DIRECT] and not words[LENT]

@@ -25,6 +25,7 @@ from mpicoll.watch import (
     Failure,
     call_text,
     checked_timeout,
+    deadlock,
     grouped,
     judge,
     line_of,
@@ -193,6 +194,17 @@ def test_what_another_rank_has_found_counts_before_everything_else() -> None:
 
 
 # -- from one rank to another
+
+
+def test_all_waiting_for_each_other_in_different_calls_is_a_deadlock() -> None:
+    def waiting(call: str, waited: float = 5.0, inside: bool = True) -> Doing:
+        return Doing("train.py:9 in step", call, waited, inside=inside)
+
+    failure = deadlock([waiting(A), waiting(B), waiting(A)])
+    assert failure is not None and failure.kind == "mismatch"
+    assert f"rank 1 in {B} at train.py:9 in step; ranks 0, 2 in {A}" in failure.text
+    for other in (waiting(A), waiting(B, 0.5), waiting(B, inside=False), Doing("train.py:2 in load")):
+        assert deadlock([waiting(A), other]) is None
 
 
 def test_what_a_rank_says_of_itself_survives_the_journey() -> None:
