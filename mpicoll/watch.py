@@ -420,6 +420,10 @@ class Watch:
         """What an error of MPI means: a rank that has ended, or the error itself."""
         if error.Get_error_class() not in (MPI.ERR_PROC_FAILED, MPI.ERR_PROC_FAILED_PENDING, MPI.ERR_REVOKED):
             return error
+        return self._lost().error()
+
+    def _lost(self) -> Failure:
+        """The failure that MPI's own knowledge of ended ranks amounts to."""
         failed = self._comms[0].Get_failed()
         whole = self._comms[0].Get_group()
         ranks = tuple(MPI.Group.Translate_ranks(failed, list(range(failed.Get_size())), whole))
@@ -428,7 +432,7 @@ class Watch:
         text = "; ".join(f"rank {r} (process {self.contacts[r].pid}) has ended" for r in ranks)
         failure = self.fail(Failure("failed", text or "another rank has ended", ranks), aloud=bool(ranks))
         self.revoke()
-        return failure.error()
+        return failure
 
     @contextmanager
     def understanding(self) -> Iterator[None]:
@@ -442,6 +446,22 @@ class Watch:
             if meant is error:
                 raise
             raise meant from error
+        except Exception as error:
+            # Where a rank has ended, what MPI's collectives hand out may be no data.
+            if self._has_lost():
+                raise self._lost().error() from error
+            raise
+        if self._has_lost():
+            raise self._lost().error()
+
+    def _has_lost(self) -> bool:
+        """Whether MPI knows of ranks that have ended."""
+        if not outlives_ranks() or not self._comms:
+            return False
+        failed = self._comms[0].Get_failed()
+        some = bool(failed.Get_size())
+        failed.Free()
+        return some
 
     def close(self) -> None:
         """Its communicators are about to be freed: nobody is to touch them any more."""
