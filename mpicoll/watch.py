@@ -466,7 +466,11 @@ class Watch:
     def close(self) -> None:
         """Its communicators are about to be freed: nobody is to touch them any more."""
         self._comms = ()
-        _watches.pop(getattr(self, "ident", ""), None)
+        if self.nranks > 1:
+            _watches.pop(self.ident, None)
+            _last_words[self.ident] = self.doing()  # others may ask only now what this rank has met
+            while len(_last_words) > RECENT:
+                _last_words.pop(next(iter(_last_words)), None)
 
     def allgather(self, comm: MPI.Intracomm, thing: Any, call: str) -> list[Any]:
         """As MPI's ``comm.allgather``, but not for ever: raises what `Waiting.look` does."""
@@ -597,6 +601,7 @@ def _in_thread(function: Callable[[], list[Doing]]) -> Future[list[Doing]]:
 
 
 _broken_off: list[MPI.Request] = []
+_last_words: dict[str, dict[str, Any]] = {}  # of communicators that have been freed, by what names them
 _watches: weakref.WeakValueDictionary[str, Watch] = weakref.WeakValueDictionary()
 
 
@@ -644,7 +649,8 @@ def _handlers() -> dict[str, Handler]:
 
 
 def _say(ident: str) -> dict[str, Any]:
-    return _known(ident).doing()
+    said = _last_words.get(ident)
+    return _known(ident).doing() if said is None else said
 
 
 def _known(ident: str) -> Watch:
