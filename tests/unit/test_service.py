@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 import socket
@@ -36,13 +37,16 @@ sys.stdin.read()
 Make = Callable[..., Service]
 
 
+_numbers = itertools.count()
+
+
 @pytest.fixture
 def make(monkeypatch: pytest.MonkeyPatch) -> Iterator[Make]:
     """Makes services of this process, each with a local socket of its own name."""
     made: list[Service] = []
 
     def make(**handlers: Callable[[Any], Any]) -> Service:
-        number = len(made)
+        number = next(_numbers)  # a name is free again only when the thread that accepts has ended
         monkeypatch.setattr(service, "local_name", lambda pid: f"\0mpicoll-test-{pid}-{number}")
         made.append(Service(handlers))
         return made[-1]
