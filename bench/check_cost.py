@@ -25,6 +25,7 @@ import click
 
 import mpicoll
 from mpicoll import kernels, launch
+from mpicoll.launch import library_of
 from mpicoll.sizes import format_size
 
 from . import check_cost_runs
@@ -119,7 +120,7 @@ def command(jobs: int, seconds: float, json: Path | None) -> None:
         check_writable("--json", json)
     try:
         mpirun = launch.find_mpirun()
-        library = launch.library_of(mpirun)
+        library = library_of(mpirun)
     except launch.LauncherError as error:
         raise click.ClickException(str(error)) from None
     measured = rows(measure(jobs, mpirun, check_cost_runs.SIZES, seconds))

@@ -34,6 +34,7 @@ from typing import Any
 import click
 
 from mpicoll import launch
+from mpicoll.launch import library_of
 
 from .about import about
 from .mismatch_cases import CLEAR, HANG, KINDS, OUTCOMES, TRANSPORTS, Case, Outcome, draw, judge
@@ -175,7 +176,7 @@ def command(count: int, seed: int, **given: Any) -> None:
         check_writable("--json", file)
     try:
         mpirun = launch.find_mpirun()
-        library = launch.library_of(mpirun)
+        library = library_of(mpirun)
     except launch.LauncherError as error:
         raise click.ClickException(str(error)) from None
     click.echo(f"{count} mismatches of seed {seed}, {library}", err=True)

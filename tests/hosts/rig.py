@@ -34,6 +34,7 @@ from pathlib import Path
 from types import TracebackType
 
 from mpicoll import launch
+from mpicoll.launch import library_of
 
 CONTROL, MPI = "control", "mpi"
 NETWORKS = {CONTROL: "10.77.1", MPI: "10.77.2"}
@@ -50,7 +51,7 @@ class Rig:
     def __init__(self, nhosts: int) -> None:
         self.hosts = tuple(f"host{number}" for number in range(nhosts))
         self.mpirun = launch.find_mpirun()
-        self.library = launch.library_of(self.mpirun)
+        self.mpi = library_of(self.mpirun)
 
     @staticmethod
     def reason() -> str | None:
@@ -124,7 +125,7 @@ class Rig:
         counted = zip(self.hosts, ranks_per_host, strict=True)
         places = ",".join(f"{host}:{count}" for host, count in counted if count)
         nranks = sum(ranks_per_host)
-        chosen = self._open_mpi(nranks, places) if self.library == launch.OPEN_MPI else self._mpich(places)
+        chosen = self._open_mpi(nranks, places) if self.mpi == launch.OPEN_MPI else self._mpich(places)
         return self.on(self.hosts[0], [self.mpirun, *chosen, "-np", str(nranks), *options, *program])
 
     def _open_mpi(self, nranks: int, places: str) -> list[str]:
@@ -142,7 +143,7 @@ class Rig:
     def environment(self) -> dict[str, str]:
         """The environment to start `command` in."""
         mpich = {"UCX_NET_DEVICES": MPI, "FI_TCP_IFACE": MPI}  # for each of the two networks that it may use
-        return {**launch.environment(self.mpirun), **mpich, "TMPDIR": "/run/tmp"}
+        return {**launch.environment(self.mpirun), **mpich, "TMPDIR": "/run/scratch"}
 
     def start(
         self, ranks_per_host: Sequence[int], program: Sequence[str], settings: Mapping[str, str] | None = None
@@ -223,7 +224,7 @@ def setup(hosts: Sequence[str]) -> Iterator[str]:
     yield f"echo {shlex.quote(AGENT)} >/run/agent; chmod +x /run/agent"
     yield f"printf '%s\\n' '127.0.0.1 localhost' {shlex.join(names)} >/run/names"
     yield "mount --bind /run/names /etc/hosts"
-    yield "mkdir -m 1777 /run/tmp; mkdir /run/cgroup; mount --rbind /sys/fs/cgroup /run/cgroup"
+    yield "mkdir -m 1777 /run/scratch; mkdir /run/cgroup; mount --rbind /sys/fs/cgroup /run/cgroup"
     for network in NETWORKS:
         yield f"ip link add {network} type bridge; ip link set {network} up"
     yield "mkfifo /run/made"

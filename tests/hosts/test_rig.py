@@ -66,8 +66,8 @@ def test_hosts_are_apart() -> None:
 
 def test_two_rigs_do_not_meet() -> None:
     with Rig(2) as one, Rig(2) as other:
-        on(one, "host1", "touch /run/tmp/mine")
-        assert [on(rig, "host0", "ls /run/tmp") for rig in (one, other)] == ["mine\n", ""]
+        on(one, "host1", "touch /run/scratch/mine")
+        assert [on(rig, "host0", "ls /run/scratch") for rig in (one, other)] == ["mine\n", ""]
         assert {*other.run([1, 1], ["hostname"], WITHIN).stdout.split()} == {"host0", "host1"}
 
 
@@ -84,9 +84,9 @@ def test_a_deadline_ends_every_process(mark: str) -> None:
 
 def test_a_job_that_fails_leaves_hosts_as_new() -> None:
     with Rig(2) as rig:
-        on(rig, "host0", "touch /run/tmp/mine")
+        on(rig, "host0", "touch /run/scratch/mine")
         assert rig.run([1, 1], ["sh", "-c", "exit 3"], WITHIN).returncode == 3
-        assert on(rig, "host0", "ls /run/tmp") == ""
+        assert on(rig, "host0", "ls /run/scratch") == ""
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
