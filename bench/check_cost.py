@@ -25,12 +25,11 @@ import click
 
 import mpicoll
 from mpicoll import kernels, launch
-from mpicoll.launch import library_of
 from mpicoll.sizes import format_size
 
 from . import check_cost_runs
 from .about import about
-from .options import check_writable, json_option
+from .options import check_writable, found_launcher, json_option
 
 ASKED = 0.02  # of the time without the comparison
 NRANKS = 2
@@ -118,11 +117,7 @@ def command(jobs: int, seconds: float, json: Path | None) -> None:
     """
     if json is not None:
         check_writable("--json", json)
-    try:
-        mpirun = launch.find_mpirun()
-        library = library_of(mpirun)
-    except launch.LauncherError as error:
-        raise click.ClickException(str(error)) from None
+    mpirun, library = found_launcher()
     measured = rows(measure(jobs, mpirun, check_cost_runs.SIZES, seconds))
     click.echo(table(measured))
     if json is not None:

@@ -34,11 +34,10 @@ from typing import Any
 import click
 
 from mpicoll import launch
-from mpicoll.launch import library_of
 
 from .about import about
 from .mismatch_cases import CLEAR, HANG, KINDS, OUTCOMES, TRANSPORTS, Case, Outcome, draw, judge
-from .options import check_writable, json_option
+from .options import check_writable, found_launcher, json_option
 
 TOGETHER = 60  # cases in one job: what a broken communicator holds is freed with its process
 STUCK = 30.0  # seconds without a word from any rank after which a job is ended
@@ -174,11 +173,7 @@ def command(count: int, seed: int, **given: Any) -> None:
     file: Path | None = given["json"]
     if file is not None:
         check_writable("--json", file)
-    try:
-        mpirun = launch.find_mpirun()
-        library = library_of(mpirun)
-    except launch.LauncherError as error:
-        raise click.ClickException(str(error)) from None
+    mpirun, library = found_launcher()
     click.echo(f"{count} mismatches of seed {seed}, {library}", err=True)
     rows: list[dict[str, Any]] = []
     start = time.monotonic()

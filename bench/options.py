@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import click
 
 from mpicoll import algorithms
+from mpicoll.launch import LauncherError, find_mpirun, library_of
 from mpicoll.sizes import format_size, parse_size
 
 from .kinds import DTYPES, KINDS, NO_OPERATION, OPERATIONS, SIGNIFICANT_BITS, Kind, sizes
@@ -230,3 +231,12 @@ def read_results(file: Path, loads: Callable[[str], T]) -> T:
         return loads(file.read_text())
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise click.BadParameter(f"{file}: not what --json writes: {error!r}", param_hint="--from") from None
+
+
+def found_launcher() -> tuple[str, str]:
+    """The `mpirun` that starts a benchmark's jobs, and its library. Raises `click.ClickException`."""
+    try:
+        mpirun = find_mpirun()
+        return mpirun, library_of(mpirun)
+    except LauncherError as error:
+        raise click.ClickException(str(error)) from None

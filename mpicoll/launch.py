@@ -51,6 +51,11 @@ def library_of(mpirun: str) -> str:
     raise LauncherError(f"{mpirun} --version names no library known here:\n{answer.stdout}{answer.stderr}")
 
 
+def launcher_library() -> str:
+    """Which MPI library the `mpirun` that is found belongs to; raises `LauncherError` if there is none."""
+    return library_of(find_mpirun())
+
+
 def environment(mpirun: str) -> dict[str, str]:
     """The environment to start ``mpirun`` in: its own directory leads the ``PATH``.
 

@@ -74,7 +74,7 @@ def settings(python: str, **more: str) -> dict[str, str]:
 @pytest.fixture(scope="module")
 def open_mpi() -> dict[str, str]:
     """The environment of somebody who works with Open MPI."""
-    if launch.library_of(launch.find_mpirun()) != launch.OPEN_MPI:
+    if launch.launcher_library() != launch.OPEN_MPI:
         pytest.skip("needs Open MPI beside this Python")
     return settings(sys.executable, **OPEN_MPI)
 
@@ -83,7 +83,7 @@ def open_mpi() -> dict[str, str]:
 def mpich() -> dict[str, str]:
     """The environment of somebody who works with MPICH."""
     python = os.environ.get("MPICOLL_TEST_MPICH_PYTHON")
-    if python is None and launch.library_of(launch.find_mpirun()) == launch.MPICH:
+    if python is None and launch.launcher_library() == launch.MPICH:
         python = sys.executable
     if python is None:
         pytest.skip("needs MPICOLL_TEST_MPICH_PYTHON, the path of a Python with MPICH")

@@ -116,7 +116,7 @@ def running(
 def library() -> str | None:
     """Whose launcher there is; None if there is none."""
     try:
-        return launch.library_of(launch.find_mpirun())
+        return launch.launcher_library()
     except launch.LauncherError:
         return None
 

@@ -199,7 +199,7 @@ def test_a_small_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert report["flags"] == {"count": 2, "seed": 9}
     assert {"machine", "date", "mpi", "seconds"} <= set(report)
     assert report["summary"]["all"][CLEAR] == 2
-    assert report["mpi"] == launch.library_of(launch.find_mpirun())
+    assert report["mpi"] == launch.launcher_library()
 
 
 # -- what comparing costs
