@@ -19,6 +19,7 @@ from numba import njit, types
 from mpicoll.kernels.memory import call, call_long, int64s
 from mpicoll.kernels.tasks import DONE, PENDING, Task
 from mpicoll.transports.machine import CACHED, address_of, aligned_zeros, read_clock
+from mpicoll.transports.messages import POLLS_BETWEEN_LOOKS, SHORT_SLEEP, YIELDS
 from mpicoll.transports.stages import SLOTS
 
 # -- a row
@@ -51,10 +52,6 @@ NAP = 19  # address of the timespec that says how long to sleep, and the timespe
 STATE_SIZE = 24
 
 IN_FLIGHT = SLOTS
-
-YIELDS = 300  # rounds, of ranks that share cores, before they sleep: see `transports.messages`
-SHORT_SLEEP = 1000  # nanoseconds; the system makes some fifty thousand of it
-ROUNDS_BETWEEN_LOOKS = 16  # at the clock
 
 
 @njit(nogil=True)
@@ -141,7 +138,7 @@ def _advance(state, patience):  # type: ignore[no-untyped-def]
             call(s[SLEEP], (s[NAP], types.int64(0)))
         elif idle > s[SPINS]:
             call(s[YIELD], ())
-        if patience != 0 and idle % ROUNDS_BETWEEN_LOOKS != 0:
+        if patience != 0 and idle % POLLS_BETWEEN_LOOKS != 0:
             continue
         now = read_clock(s[CLOCK], s[TIME])
         if deadline == 0:
