@@ -17,19 +17,22 @@ BIN := $(VENV)/bin
 EXTRAS_train := train
 EXTRAS_test := train,test
 EXTRAS_lint := train,dev
+EXTRAS_docs := train,docs
 
 # What an installation is good for: each of these includes the one before.
 READY_train := train
 READY_test := train test
 READY_lint := train test lint
+READY_docs := train docs
 
-.PHONY: help train test lint clean
+.PHONY: help train test lint docs clean
 .NOTPARALLEL:
 
 help:
 	@echo 'make train [NP=4] [MPI=mpich] [ARGS="--epochs 3"]    train the example on NP ranks (2)'
 	@echo 'make test  [MPI=mpich] [TESTS="--only unit"]         run every test; see python tests/run.py --help'
 	@echo 'make lint                                            ruff and mypy'
+	@echo 'make docs                                            the pages of docs/ as a site, into site/'
 	@echo 'make clean                                           delete the virtual environments'
 
 train: $(VENV)/ready-to-train
@@ -42,8 +45,14 @@ lint: $(VENV)/ready-to-lint
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
+docs: $(VENV)/ready-to-docs
+	rm -rf site
+	$(BIN)/python -m sphinx -W --keep-going -q -d site/.doctrees docs site
+	@! grep -rlE '<(script|img|iframe)[^>]* src="https?:|<link[^>]* href="https?:' --include=*.html site \
+	    || { echo 'these pages load something from elsewhere' >&2; exit 1; }
+
 clean:
-	rm -rf .venv .venv-mpich
+	rm -rf .venv .venv-mpich site
 
 $(VENV)/ready-to-%: pyproject.toml setup.py
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \

@@ -7,5 +7,10 @@ OUTSIDE = {"mpicoll.kernels": "kernels", "mpicoll.bench": "bench"}
 setup(
     packages=[*find_packages(include=["mpicoll", "mpicoll.*"]), *OUTSIDE],
     package_dir=OUTSIDE,
-    package_data={"mpicoll": ["py.typed"]},
+    package_data={
+        "mpicoll": ["py.typed"],
+        "mpicoll.draw": ["page.html"],
+        "mpicoll.simulate": ["machines/*.toml"],
+        "mpicoll.trace": ["report.html"],
+    },
 )

@@ -3,16 +3,15 @@
     python -m mpicoll.bench.check_cost --json check_cost.json
 
 Two ranks of one node; allreduce and broadcast of 4 B to 16 MiB, with the comparison and without. There is no
-option to leave it out, so the package is copied twice, and in one copy `transports.steps._agree` is made to
-say yes at once, which the compiler leaves out. Jobs of the two copies alternate; a size's time is the median
-over the jobs. What is asked is less than `ASKED` at every size.
+option to leave it out, so a job compiles `transports.steps` twice, once with a `_differs` that says no at
+once, which the compiler leaves out; the two take turns in calls with the same buffers. A size's cost is the
+median over all turns of all jobs. What is asked is less than `ASKED` at every size.
 """
 
 from __future__ import annotations
 
 import ast
 import json
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -23,75 +22,63 @@ from typing import Any
 
 import click
 
-import mpicoll
-from mpicoll import kernels, launch
+from mpicoll import launch
 from mpicoll.sizes import format_size
+from mpicoll.transports import steps
 
-from . import check_cost_runs
-from .about import about
+from .about import write_report
+from .check_cost_runs import SIZES, VARIANTS
 from .options import check_writable, found_launcher, json_option
 
 ASKED = 0.02  # of the time without the comparison
 NRANKS = 2
-COMPARISON = "_agree"  # of transports/steps.py
+COMPARISON = "_differs"  # of transports/steps.py
 LIMIT = 600.0  # seconds for one job, the first of which compiles
-VARIANTS = ("with", "without")
 
-Times = dict[tuple[str, int], float]  # of each collective and size, in seconds
+Found = list[dict[str, Any]]  # what a job has written
 
 
 def without_comparison(source: str) -> str:
-    """The source, with a comparison that says yes at once. Raises ValueError if it has no comparison."""
+    """The source, with a comparison that says no at once. Raises ValueError if it has no comparison."""
     tree = ast.parse(source)
     found = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == COMPARISON]
     if len(found) != 1:
         raise ValueError(f"source: expected one function {COMPARISON}, got {len(found)}")
-    found[0].body = ast.parse("return True").body
+    found[0].body = ast.parse("return False").body
     return ast.unparse(tree)
 
 
-def copy_package(folder: Path, compares: bool) -> None:
-    """The package and its kernels, with caches of compiled code, as ``folder/mpicoll``."""
-    package = folder / "mpicoll"
-    shutil.copytree(Path(mpicoll.__file__).parent, package)
-    for module in (kernels, sys.modules[__package__]):
-        assert module.__file__ is not None
-        source = Path(module.__file__).parent
-        shutil.copytree(source, package / module.__name__.rpartition(".")[2], dirs_exist_ok=True)
-    if not compares:
-        steps = package / "transports" / "steps.py"
-        steps.write_text(without_comparison(steps.read_text()))
+def write_variants(folder: Path) -> None:
+    assert steps.__file__ is not None
+    source = Path(steps.__file__).read_text()
+    for variant, text in zip(VARIANTS, (source, without_comparison(source)), strict=True):
+        (folder / f"steps_{variant}.py").write_text(text)
 
 
-def run(folder: Path, mpirun: str, sizes: Sequence[int], seconds: float) -> Times:
-    """One job of the copy in ``folder``."""
-    results = folder / "results"
-    given = [str(results), str(seconds), *map(str, sizes)]
-    program = [sys.executable, "-m", "mpicoll.bench.check_cost_runs", *given]
-    environment = {**launch.environment(mpirun), "PYTHONPATH": str(folder)}
+def run(folder: Path, mpirun: str, sizes: Sequence[int], seconds: float) -> Found:
+    """One job with the variants in ``folder``."""
+    given = [str(folder), str(seconds), *map(str, sizes)]
     answer = subprocess.run(
-        launch.command(NRANKS, program),
-        env=environment,
-        cwd=folder,
+        launch.command(NRANKS, [sys.executable, "-m", "mpicoll.bench.check_cost_runs", *given]),
+        env=launch.environment(mpirun),
         timeout=LIMIT,
         capture_output=True,
         text=True,
     )
     if answer.returncode:
         raise click.ClickException(f"a job ended with {answer.returncode}: {answer.stdout}{answer.stderr}")
-    report = json.loads(results.read_text())
-    if Path(report["package"]) != folder / "mpicoll":
-        raise click.ClickException(f"expected a job of {folder}/mpicoll, got {report['package']}")
-    return {(name, size): each for name, size, each in report["times"]}
+    found: Found = json.loads((folder / "times").read_text())
+    return found
 
 
-def rows(found: Mapping[str, Sequence[Times]]) -> list[dict[str, Any]]:
-    """Medians of each collective and size, and what the comparison adds."""
+def rows(jobs: Sequence[Found]) -> list[dict[str, Any]]:
+    """Medians of each collective and size, and what the comparison adds, in the median turn."""
     made = []
-    for name, size in found["with"][0]:
-        usual, least = (median(times[name, size] for times in found[variant]) for variant in VARIANTS)
-        cost = usual / least - 1
-        row = {"collective": name, "bytes": size, "us_with": 1e6 * usual, "us_without": 1e6 * least}
+    for entries in zip(*jobs, strict=True):
+        usual, least = ([each for e in entries for each in e["seconds"][variant]] for variant in VARIANTS)
+        cost = median(w / o for w, o in zip(usual, least, strict=True)) - 1
+        row = {key: entries[0][key] for key in ("collective", "bytes")}
+        row |= {"us_with": 1e6 * median(usual), "us_without": 1e6 * median(least)}
         made.append({**row, "cost": cost, "below": cost < ASKED})
     return made
 
@@ -105,9 +92,12 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 @click.command("check_cost", context_settings={"show_default": True, "help_option_names": ["-h", "--help"]})
-@click.option("--jobs", type=click.IntRange(1), default=15, help="How many of each copy.")
+@click.option("--jobs", type=click.IntRange(1), default=5, help="How many.")
 @click.option(
-    "--seconds", type=click.FloatRange(0, min_open=True), default=0.3, help="For each size in a job."
+    "--seconds",
+    type=click.FloatRange(0, min_open=True),
+    default=0.8,
+    help="For each collective and size in a job.",
 )
 @json_option
 def command(jobs: int, seconds: float, json: Path | None) -> None:
@@ -118,33 +108,24 @@ def command(jobs: int, seconds: float, json: Path | None) -> None:
     if json is not None:
         check_writable("--json", json)
     mpirun, library = found_launcher()
-    measured = rows(measure(jobs, mpirun, check_cost_runs.SIZES, seconds))
+    measured = rows(measure(jobs, mpirun, SIZES, seconds))
     click.echo(table(measured))
     if json is not None:
-        line = ["python", "-m", "mpicoll.bench.check_cost", "--jobs", str(jobs), "--seconds", str(seconds)]
-        flags = {"jobs": jobs, "seconds": seconds}
-        write(json, {**about(line, flags), "mpi": library, "ranks": NRANKS, "asked": ASKED, "rows": measured})
+        found = {"mpi": library, "ranks": NRANKS, "asked": ASKED, "rows": measured}
+        write_report(json, "mpicoll.bench.check_cost", {"jobs": jobs, "seconds": seconds}, found)
     sys.exit(not all(row["below"] for row in measured))
 
 
-def write(file: Path, report: Mapping[str, Any]) -> None:
-    file.write_text(json.dumps(report, indent=1) + "\n")
-
-
-def measure(jobs: int, mpirun: str, sizes: Sequence[int], seconds: float) -> dict[str, list[Times]]:
-    """The times of each job; the two copies take turns, and each has one job before that compiles."""
+def measure(jobs: int, mpirun: str, sizes: Sequence[int], seconds: float) -> list[Found]:
+    """What each job has found."""
+    found = []
     with tempfile.TemporaryDirectory(prefix="mpicoll-check-cost-") as name:
-        folders = {variant: Path(name).resolve() / variant for variant in VARIANTS}
-        for variant, folder in folders.items():
-            folder.mkdir()
-            copy_package(folder, compares=variant == "with")
-            run(folder, mpirun, sizes[:1], 0.001)
-        found: dict[str, list[Times]] = {variant: [] for variant in VARIANTS}
+        folder = Path(name)
+        write_variants(folder)
         for job in range(jobs):
-            for variant in VARIANTS if job % 2 == 0 else VARIANTS[::-1]:
-                found[variant].append(run(folders[variant], mpirun, sizes, seconds))
+            found.append(run(folder, mpirun, sizes, seconds))
             click.echo(f"{job + 1} of {jobs}", err=True)
-        return found
+    return found
 
 
 if __name__ == "__main__":

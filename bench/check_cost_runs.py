@@ -1,6 +1,7 @@
-"""A job of `mpicoll.bench.check_cost`: ``mpirun ... -m mpicoll.bench.check_cost_runs FILE SECONDS BYTES...``
+"""A job of `mpicoll.bench.check_cost`, with the arguments FOLDER SECONDS BYTES...
 
-Rank 0 writes the times into FILE, with where the package lies that was measured.
+FOLDER has a copy of ``transports/steps.py`` for each of `VARIANTS`, and gets the file ``times``: of each
+collective and size the seconds of one call, for each variant and turn.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable
 from functools import partial
+from importlib import import_module
 from itertools import repeat
 from pathlib import Path
 
@@ -17,22 +19,32 @@ import numpy as np
 from mpi4py import MPI
 
 import mpicoll
+from mpicoll.fastcalls import ADVANCE
+from mpicoll.transports.steps import EXPECTED, NOTHING
 
+VARIANTS = ("with", "without")
 SIZES = tuple(4**k for k in range(1, 13))  # bytes: 4 B to 16 MiB
-TURNS = 9
+TURNS = 40  # of each variant
 WARM_UP = 5  # calls
-MOST = 20_000  # calls in a turn
 
 
-def measure(comm: mpicoll.Communicator, call: Callable[[], None], seconds: float) -> float:
-    """Seconds of one call: the median of some turns, each as long as the slower rank's."""
-    library = MPI.Intracomm(comm)
+def measure(
+    comm: mpicoll.Communicator, method: str, call: Callable[[], None], ways: dict[str, int], seconds: float
+) -> dict[str, list[float]]:
+    """Seconds of one call in each turn; the variants take turns, in ``seconds`` all together."""
+    library, channel = MPI.Intracomm(MPI.COMM_WORLD), comm._channel
+    assert channel is not None
     for _ in range(WARM_UP):
         call()
-    calls = 1
-    while (turn := timed(library, call, calls)) < seconds / TURNS and calls < MOST:
-        calls = min(MOST, max(calls + 1, int(calls * min(10.0, seconds / TURNS / turn))))
-    return float(np.median([timed(library, call, calls) / calls for _ in range(TURNS)]))
+    once = timed(library, call, 50) / 50
+    calls = max(1, int(seconds / once / TURNS / len(ways)))
+    times: dict[str, list[float]] = {variant: [] for variant in ways}
+    for turn in range(TURNS):
+        for variant in list(ways)[:: 1 if turn % 2 else -1]:
+            comm._fast[method]._state[ADVANCE] = ways[variant]
+            channel.state[EXPECTED] = NOTHING  # the variant without leaves it as it is
+            times[variant].append(timed(library, call, calls) / calls)
+    return times
 
 
 def timed(library: MPI.Intracomm, call: Callable[[], None], calls: int) -> float:
@@ -45,19 +57,19 @@ def timed(library: MPI.Intracomm, call: Callable[[], None], calls: int) -> float
 
 
 def main() -> None:
-    file, seconds, *given = sys.argv[1:]
+    folder, seconds = Path(sys.argv[1]), float(sys.argv[2])
     comm = mpicoll.Communicator(MPI.COMM_WORLD, transport="shared")
-    times = []
-    for size in map(int, given):
+    sys.path.insert(0, str(folder))
+    ways = {variant: int(import_module(f"steps_{variant}").ADVANCE) for variant in VARIANTS}
+    found = []
+    for size in map(int, sys.argv[3:]):
         send, recv = np.zeros(size // 4, np.float32), np.zeros(size // 4, np.float32)
-        for name, call in (
-            ("allreduce", partial(comm.Allreduce, send, recv)),
-            ("broadcast", partial(comm.Bcast, recv)),
-        ):
-            times.append((name, size, measure(comm, call, float(seconds))))
+        calls = {"allreduce": partial(comm.Allreduce, send, recv), "broadcast": partial(comm.Bcast, recv)}
+        for (name, call), method in zip(calls.items(), ("allreduce", "bcast"), strict=True):
+            times = measure(comm, method, call, ways, seconds)
+            found.append({"collective": name, "bytes": size, "seconds": times})
     if comm.rank == 0:
-        package = str(Path(mpicoll.__file__).parent)
-        Path(file).write_text(json.dumps({"package": package, "times": times}))
+        (folder / "times").write_text(json.dumps(found))
     comm.Free()
 
 

@@ -5,7 +5,11 @@ from __future__ import annotations
 import importlib
 from collections.abc import Sequence
 
-MODULES = {"kernels": "mpicoll.bench.kernels", "gradients": "mpicoll.bench.gradients"}
+MODULES = {
+    "kernels": "mpicoll.bench.kernels",
+    "gradients": "mpicoll.bench.gradients",
+    "torch": "mpicoll.bench.torch_backend",
+}
 
 
 def command(args: Sequence[str], prog_name: str) -> None:

@@ -37,7 +37,7 @@ import click
 
 from mpicoll import launch
 
-from .about import about
+from .about import write_report
 from .options import check_writable, json_option
 
 KINDS: dict[str, list[str]] = {
@@ -265,11 +265,10 @@ def command(kills: int, seed: int, epochs: int, **given: Any) -> None:
         if each["outcome"] != SURVIVED:
             click.echo(json.dumps(each))
     if file is not None:
-        line = ["python", "-m", "mpicoll.bench.elastic", "--kills", str(kills), "--seed", str(seed)]
-        report = about(line, {"kills": kills, "seed": seed, "epochs": epochs})
-        report |= {"seconds": round(time.monotonic() - start, 1), "summary": summed}
-        report |= {"undisturbed": list(undisturbed.values()), "rows": rows}
-        file.write_text(json.dumps(report, indent=1) + "\n")
+        found = {"seconds": round(time.monotonic() - start, 1), "summary": summed}
+        found |= {"undisturbed": list(undisturbed.values()), "rows": rows}
+        flags = {"kills": kills, "seed": seed, "epochs": epochs}
+        write_report(file, "mpicoll.bench.elastic", flags, found)
     sys.exit(not is_good(rows, undisturbed))
 
 

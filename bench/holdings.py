@@ -7,6 +7,7 @@ requests of MPI cannot be counted; what they hold is seen here. Needs Linux's ``
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import os
 from dataclasses import asdict, dataclass
@@ -27,8 +28,11 @@ class Holdings:
 
 
 def holdings() -> Holdings:
-    """What this process holds now, without what only waits for the garbage collector."""
+    """What this process holds now, without what garbage collector and allocator keep for later."""
     gc.collect()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # of glibc
+    if trim is not None:
+        trim(0)
     lines = (line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     status = {name: text.split() for name, text in lines}
     maps = Path("/proc/self/maps").read_text().splitlines()

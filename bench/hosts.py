@@ -31,7 +31,7 @@ from mpicoll.sizes import format_size, parse_size
 
 from .options import read_results
 from .peers import Peer, PeerError, Task, condense, noted, parse_collectives
-from .peers_report import Job, Results, dumps, loads, plot, show
+from .peers_report import Job, Results, dumps, loads, show
 
 LIMIT = 900.0  # seconds for one job; the longest take two minutes
 RIG = Path(mpicoll.__file__).parent.parent / "tests" / "hosts" / "rig.py"
@@ -166,11 +166,7 @@ def main(
         tasks = [(Task(n, name, sum(shape.ranks), peer), shape) for n, name, shape, peer in planned]
         sizes = ["-b", begin, "-e", end, "-f", str(factor), "--turns", str(turns)]
         results = measure(tasks, results, sizes, json_file)
-    if not results.jobs:
-        raise click.ClickException("\n".join(["nothing could be measured", *results.notes]))
-    show(results, markdown)
-    if picture is not None:
-        plot(results, picture)
+    show(results, markdown, picture)
 
 
 if __name__ == "__main__":

@@ -137,9 +137,10 @@ def ranks_named(text: str) -> list[int]:
     return sorted(found)
 
 
-def name_in_errors(method: str) -> str:
-    """How messages write a method: `Reduce_scatter_block` is a `Reduce_scatter` of equal blocks."""
-    return method.removesuffix("_block") + "("
+def is_named(call: Call, text: str) -> bool:
+    """Whether a message names the call: `Reduce_scatter_block` is a `Reduce_scatter` of equal blocks."""
+    name = call.method.removesuffix("_block")
+    return f"{name}(" in text or (call.form == "persistent" and f"{name}_init(" in text)
 
 
 def is_clear(case: Case, outcome: Outcome) -> bool:
@@ -149,7 +150,7 @@ def is_clear(case: Case, outcome: Outcome) -> bool:
     if outcome.error != "MismatchError" or ranks_named(outcome.text) != list(range(case.nranks)):
         return False
     calls = [*case.usual[:1], *case.other[:1]]
-    return all(name_in_errors(call.method) in outcome.text for call in calls)
+    return all(is_named(call, outcome.text) for call in calls)
 
 
 def judge(case: Case, outcomes: Mapping[int, Outcome]) -> str:

@@ -35,7 +35,7 @@ import click
 
 from mpicoll import launch
 
-from .about import about
+from .about import write_report
 from .mismatch_cases import CLEAR, HANG, KINDS, OUTCOMES, TRANSPORTS, Case, Outcome, draw, judge
 from .options import check_writable, found_launcher, json_option
 
@@ -187,10 +187,9 @@ def command(count: int, seed: int, **given: Any) -> None:
         if each["outcome"] != CLEAR:
             click.echo(json.dumps(each))
     if file is not None:
-        line = ["python", "-m", "mpicoll.bench.mismatches", "--count", str(count), "--seed", str(seed)]
-        report = {**about(line, {"count": count, "seed": seed}), "mpi": library}
-        report |= {"seconds": round(time.monotonic() - start, 1), "summary": summary(rows), "rows": rows}
-        file.write_text(json.dumps(report, indent=1) + "\n")
+        seconds = round(time.monotonic() - start, 1)
+        found = {"mpi": library, "seconds": seconds, "summary": summary(rows), "rows": rows}
+        write_report(file, "mpicoll.bench.mismatches", {"count": count, "seed": seed}, found)
     sys.exit(any(each["outcome"] != CLEAR for each in rows))
 
 

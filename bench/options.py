@@ -24,7 +24,8 @@ T = TypeVar("T")
 TORCH_MISSING = "gloo needs PyTorch, which is not installed: pip install 'mpicoll[torch]'"
 
 
-def _size(ctx: click.Context, param: click.Parameter, text: str | None) -> int | None:
+def as_size(ctx: click.Context, param: click.Parameter, text: str | None) -> int | None:
+    """A callback of click's: bytes."""
     if text is None:
         return None
     try:
@@ -83,13 +84,13 @@ class Options:
     "-b",
     "--minbytes",
     metavar="SIZE",
-    callback=_size,
+    callback=as_size,
     default="8",
     help="The smallest size, such as 8, 4K or 64M.",
 )
-@click.option("-e", "--maxbytes", metavar="SIZE", callback=_size, default="64M", help="The largest size.")
+@click.option("-e", "--maxbytes", metavar="SIZE", callback=as_size, default="64M", help="The largest size.")
 @click.option("-f", "--stepfactor", type=click.IntRange(min=2), help="Multiply sizes by this.  [default: 2]")
-@click.option("-i", "--stepbytes", metavar="SIZE", callback=_size, help="Add this to sizes instead.")
+@click.option("-i", "--stepbytes", metavar="SIZE", callback=as_size, help="Add this to sizes instead.")
 @click.option(
     "-n", "--iters", type=click.IntRange(min=1), help="Calls in a turn.  [default: as many as take 20 ms]"
 )
@@ -120,8 +121,9 @@ def command(datatype: str, op: str | None, algorithm: str, root: int | None, **g
 
     COLLECTIVE is one of allreduce, reduce_scatter, broadcast, allgather, reduce, alltoall, sendrecv.
 
-    Two others have options of their own: `mpicoll bench gradients --help` (many gradients at once, beside the
-    backward pass) and `mpicoll bench kernels --help` (what ranks do by themselves; without mpirun).
+    Three others have options of their own: `mpicoll bench gradients --help` (many gradients at once, beside
+    the backward pass), `mpicoll bench torch --help` (torch.distributed over mpicoll, beside gloo) and
+    `mpicoll bench kernels --help` (what ranks do by themselves; without mpirun).
 
     Times are in microseconds, bandwidths in 10^9 bytes per second. Those who are measured take turns; a turn
     is some calls, one after the other, and its time is the slowest rank's mean. #wrong counts the wrong

@@ -45,7 +45,7 @@ from mpicoll.sizes import format_size, parse_size
 
 from .kinds import DTYPES, KINDS
 from .options import read_results
-from .peers_report import OURS, Job, Results, dumps, loads, plot, show
+from .peers_report import OURS, Job, Results, dumps, loads, show
 
 LIMIT = 3600.0  # seconds for one job: an end to one that hangs; the longest take minutes
 DYING = 10.0  # seconds that a launcher gets to end its ranks
@@ -377,11 +377,7 @@ def main(
         tasks = [Task(*task) for task in itertools.product(range(1, rounds + 1), collectives, ranks, peers)]
         arguments = ["-b", str(begin), "-e", str(end), "-f", str(factor), "--turns", str(turns)]
         results = measure(tasks, results, pythons, arguments, json_file)
-    if not results.jobs:
-        raise click.ClickException("\n".join(["nothing could be measured", *results.notes]))
-    show(results, markdown)
-    if picture is not None:
-        plot(results, picture)
+    show(results, markdown, picture)
 
 
 if __name__ == "__main__":

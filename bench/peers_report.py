@@ -160,8 +160,10 @@ def _library(job: Job) -> str:
     return f"{library}, thread level {job.thread_level}" + (f", {job.settings}" if job.settings else "")
 
 
-def show(results: Results, markdown: bool) -> None:
-    """Print all tables, and the legend."""
+def show(results: Results, markdown: bool, picture: Path | None) -> None:
+    """Print all tables, and the legend; draw ``picture``. Raises `click.ClickException` without any job."""
+    if not results.jobs:
+        raise click.ClickException("\n".join(["nothing could be measured", *results.notes]))
     for (collective, ranks), jobs in groups(results.jobs).items():
         lines = table(compare(jobs))
         click.echo(f"\n{collective}, {ranks} ranks:\n")
@@ -172,6 +174,8 @@ def show(results: Results, markdown: bool) -> None:
             console.width = max(console.width, WIDTH)
             console.print(as_rich(lines))
     click.echo("\n" + "\n".join(f"- {line}" for line in legend(results)))
+    if picture is not None:
+        plot(results, picture)
 
 
 def as_markdown(lines: Sequence[Sequence[str]]) -> str:

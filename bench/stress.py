@@ -18,6 +18,7 @@ from __future__ import annotations
 import json
 import math
 import random
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -34,6 +35,7 @@ from mpicoll.communicator import Communicator
 from mpicoll.faults import abort_on_exception
 
 from .holdings import Holdings, growth, holdings
+from .jobs import about_job
 
 Array = npt.NDArray[Any]
 
@@ -325,17 +327,12 @@ def main(
     with abort_on_exception():
         seed = world.bcast(random.randrange(1 << 30) if seed is None else seed)
         comm = Communicator(world, transport=transport)
-        library = MPI.Get_library_version().splitlines()[0]
+        flags = {"seed": seed, "transport": transport, "largest": largest, "warm_up": warm_up}
+        report = about_job(comm, "python -m mpicoll.bench.stress", sys.argv[1:], flags)
+        report["hosts"] = len(set(MPI.Intracomm(comm).allgather(MPI.Get_processor_name())))
         if comm.rank == 0:
-            click.echo(f"{comm.size} ranks, {library}, seed {seed}")
+            click.echo(f"{comm.size} ranks on {report['hosts']} hosts, {report['mpi']}, seed {seed}")
         began = time.monotonic()
-        report: dict[str, Any] = {
-            "mpi": library,
-            "ranks": comm.size,
-            "seed": seed,
-            "transport": transport,
-            "largest": largest,
-        }
         found: list[Holdings] = []
         numbers = random_calls(comm, seconds, seed, largest, math.inf if at_most is None else at_most)
         report["random_calls"] = follow(comm, "random calls", watched(numbers, warm_up, found))

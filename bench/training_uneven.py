@@ -95,7 +95,7 @@ class Slowed(Backprop):
         self.slowdown = slowdown
         self.a, self.b, self.c = np.ones((3, SIDE, SIDE), np.float32)
 
-    def gradients(self, part: Part, ready: Callable[[int], None]) -> float:
+    def gradients(self, part: Part, ready: Callable[[int], None]) -> Any:
         begin = perf_counter()
         loss = super().gradients(part, ready)
         now = perf_counter()

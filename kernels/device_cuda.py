@@ -3,7 +3,7 @@
 A kernel gets numbers alone, because every array argument makes a launch slower: addresses are int64. It moves
 elements in **lanes**, a tuple of values which `loader` and `storer` read and write with accesses of up to 16
 bytes; `mapped` and `folded` apply a function to them. 16-bit floats are float32 in lanes, and rounded to
-nearest even when they are stored; storing bfloat16 needs compute capability 8.0.
+nearest even when they are stored.
 
 Where ``NUMBA_ENABLE_CUDASIM=1`` the kernels run in Numba's simulator, on NumPy arrays; what is made of
 intrinsics here has a stand-in in Python there, which refuses misaligned accesses as a GPU does.
@@ -15,6 +15,7 @@ import ctypes
 import sys
 from collections.abc import Callable, Sequence
 from functools import cache, lru_cache, reduce
+from operator import attrgetter
 from threading import Lock
 from typing import Any, NamedTuple
 
@@ -22,15 +23,21 @@ import numpy as np
 import numpy.typing as npt
 from llvmlite import ir
 from numba import cuda, types
-from numba.core import config
+from numba.core import cgutils, config
+from numba.core.targetconfig import ConfigStack
 from numba.cuda.extending import intrinsic
 
-from .elements import BFLOAT16_DTYPE, Half, element_type
+from .elements import BFLOAT16, BFLOAT16_DTYPE, Half, element_type, narrow
+
+SIMULATED = bool(config.ENABLE_CUDASIM)
+if not SIMULATED:  # needs NVIDIA's bindings
+    from cuda.bindings.driver import cuCtxGetCurrent
+    from cuda.core import LaunchConfig, Stream, launch
 
 Dtype = np.dtype[Any]
 Function = Callable[..., Any]
 
-SIMULATED = bool(config.ENABLE_CUDASIM)
+_code_of = attrgetter("library")  # of a compiled kernel: what is loaded into a context
 
 ACCESS = 16  # bytes of the widest access that all GPUs have
 # Of a block: enough to hide the memory's latency, few enough that a multiprocessor holds several blocks at
@@ -76,6 +83,8 @@ def _words(lanes: int, dtype: Dtype) -> ir.VectorType:
 
 
 def _elements(lanes: int, dtype: Dtype) -> ir.VectorType:
+    if dtype.kind == "c":  # pairs of floats
+        return _elements(2 * lanes, np.dtype(f"f{dtype.itemsize // 2}"))
     kinds = {"f": {2: ir.HalfType(), 4: ir.FloatType(), 8: ir.DoubleType()}}
     return ir.VectorType(kinds.get(dtype.kind, {}).get(dtype.itemsize, ir.IntType(8 * dtype.itemsize)), lanes)
 
@@ -99,7 +108,9 @@ def _unpack(builder: ir.IRBuilder, words: ir.Value, lanes: int, dtype: Dtype) ->
     if dtype.kind in "biu" and dtype.itemsize < 4 and lanes > 1:
         return _unpack_small(builder, words, lanes, dtype)
     vector = builder.bitcast(words, _elements(lanes, dtype))
-    values = [builder.extract_element(vector, _at(i)) for i in range(lanes)]
+    values = [builder.extract_element(vector, _at(i)) for i in range(vector.type.count)]
+    if dtype.kind == "c":
+        return [cgutils.pack_struct(builder, values[i : i + 2]) for i in range(0, len(values), 2)]
     return [builder.fpext(value, ir.FloatType()) for value in values] if dtype == np.float16 else values
 
 
@@ -144,11 +155,16 @@ def _pack(builder: ir.IRBuilder, values: list[ir.Value], dtype: Dtype) -> ir.Val
         return _vector(builder, _words(lanes, dtype), _pack_small(builder, values, 8 * dtype.itemsize))
     if dtype == np.float16:
         values = [builder.fptrunc(value, ir.HalfType()) for value in values]
+    if dtype.kind == "c":
+        values = [part for value in values for part in cgutils.unpack_tuple(builder, value, 2)]
     return builder.bitcast(_vector(builder, _elements(lanes, dtype), values), _words(lanes, dtype))
 
 
 def _pack_bfloat16(builder: ir.IRBuilder, values: list[ir.Value]) -> list[ir.Value]:
     """Rounded to nearest even by the hardware: without it, that would take as long as the memory does."""
+    if ConfigStack().top().compute_capability < (8, 0):
+        halves = [narrow(builder, value, BFLOAT16) for value in values]
+        return halves if len(halves) == 1 else _pack_small(builder, halves, 16)
     real = ir.FloatType()
     if len(values) == 1:
         one = ir.InlineAsm(ir.FunctionType(ir.IntType(16), [real]), "cvt.rn.bf16.f32 $0, $1;", "=h,f")
@@ -224,19 +240,17 @@ def _simulated_loader(dtype: Dtype, lanes: int, pieces: int) -> Function:
     def load(address: int, stride: int) -> Any:
         found = [_simulated_memory(address + piece * stride, lanes, dtype) for piece in range(pieces)]
         values = np.concatenate(found)
-        if dtype not in FLOATS:
+        if dtype.kind in "biu":
             return tuple(values.astype(np.uint8 if dtype.kind == "b" else dtype).tolist())
-        return tuple(values.astype(np.float64 if dtype == np.float64 else np.float32))
+        return tuple(values.astype(np.float32) if dtype.itemsize == 2 else values)
 
     return load
 
 
 def _simulated_storer(dtype: Dtype, lanes: int, pieces: int) -> Function:
     def converted(values: Any) -> Any:
-        if dtype == np.float64:
-            return np.array(values, dtype)
-        if dtype in FLOATS:
-            return np.array(values).astype(np.float32).astype(dtype)
+        if dtype.kind not in "biu":
+            return np.array(values).astype(np.float32 if dtype.itemsize == 2 else dtype).astype(dtype)
         mask = (1 << 8 * dtype.itemsize) - 1
         return np.array([int(value) & mask for value in values], f"u{dtype.itemsize}").view(dtype)
 
@@ -584,28 +598,61 @@ def _current_stream(array: Any) -> int:
 
 
 class Kernel:
-    """A CUDA kernel whose arguments are numbers of the given Numba types; compiled when first launched."""
+    """A CUDA kernel whose arguments are numbers of the given Numba types, or tuples of numbers.
+
+    It is compiled when first launched. Launches do not go through Numba, which takes ten times as long for
+    each, the longer the more arguments there are, and warns of small ones.
+    """
 
     def __init__(self, function: Function, *arguments: Any) -> None:
         self.function = function
         self.signature = types.void(*arguments)
         self._kernel = cuda.jit(function)
         floats: dict[Any, Any] = {types.float32: np.float32, types.float64: np.float64}
-        self._convert = [floats.get(kind) for kind in arguments]
-        # In the simulator this is the kernel itself, which remembers the last configuration only.
-        self._configured = self._configure if SIMULATED else lru_cache(maxsize=256)(self._configure)
-
-    def _configure(self, blocks: int, stream: int) -> Function:
-        if stream == 0:
-            return self._kernel[blocks, THREADS]  # type: ignore[no-any-return]
-        return self._kernel[blocks, THREADS, cuda.external_stream(stream)]  # type: ignore[no-any-return]
+        self._convert = [
+            tuple if isinstance(kind, types.BaseTuple) else floats.get(kind, int) for kind in arguments
+        ]
+        self._loaded: dict[int, Any] = {}  # by the handle of the context
 
     def launch(self, blocks: int, stream: int, *arguments: Any) -> None:
         """Start it, unless there is nothing to do. It runs when what is before it on the stream is done."""
         if blocks == 0:
             return
-        given = (
-            convert(value) if convert else value
-            for convert, value in zip(self._convert, arguments, strict=True)
-        )
-        self._configured(blocks, stream)(*given)
+        given = [convert(value) for convert, value in zip(self._convert, arguments, strict=True)]
+        if SIMULATED:
+            self._kernel[blocks, THREADS](*given)
+        else:
+            kernel = self._loaded.get(_context()) or self._load()
+            launch(_stream(stream), _grid(blocks), kernel, *_flat(given))
+
+    def _load(self) -> Any:
+        """Compile it for the current context, which is made where there is none."""
+        loaded = _code_of(self._kernel.compile(self.signature.args)).get_cufunc().kernel
+        self._loaded[_context()] = loaded
+        return loaded
+
+
+def _context() -> int:
+    """The handle of this thread's current context, 0 where there is none."""
+    return int(cuCtxGetCurrent()[1] or 0)
+
+
+@lru_cache(maxsize=256)
+def _grid(blocks: int) -> Any:
+    return LaunchConfig(grid=blocks, block=THREADS)
+
+
+@lru_cache(maxsize=256)
+def _stream(handle: int) -> Any:
+    return Stream.from_handle(handle)
+
+
+def _flat(values: Sequence[Any]) -> list[Any]:
+    """With the elements of tuples in their place, as kernels take them."""
+    numbers: list[Any] = []
+    for value in values:
+        if isinstance(value, tuple):
+            numbers += value
+        else:
+            numbers.append(value)
+    return numbers

@@ -54,7 +54,7 @@ def _widen(builder: ir.IRBuilder, bits: ir.Value, half: Half) -> ir.Value:
     return builder.bitcast(upper, ir.FloatType())
 
 
-def _narrow(builder: ir.IRBuilder, value: ir.Value, half: Half) -> ir.Value:
+def narrow(builder: ir.IRBuilder, value: ir.Value, half: Half) -> ir.Value:
     """The 16 bits of ``half`` nearest to a float32, ties to even."""
     if half == FLOAT16:
         return builder.bitcast(builder.fptrunc(value, ir.HalfType()), ir.IntType(16))
@@ -92,7 +92,7 @@ def store(typingctx: Any, pointer: Any, index: Any, value: Any) -> Any:
     def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
         at = cgutils.gep(builder, args[0], args[1])
         if isinstance(element, Half):
-            builder.store(_narrow(builder, args[2], element), at)
+            builder.store(narrow(builder, args[2], element), at)
         else:
             context.pack_value(builder, element, args[2], at)
         return context.get_dummy_value()

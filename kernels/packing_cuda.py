@@ -48,6 +48,7 @@ Array = Any  # of CuPy, PyTorch, or Numba; in the simulator of NumPy
 SLOT = 16  # bytes of which every slot begins at a multiple
 WORDS = np.dtype(np.uint32)
 WIDTH = OWN + 2  # of a row of the table: a tensor's address, and its slot's
+SEARCH_WIDTH = OWN + 1  # a tensor's address
 UPDATE_WIDTH = OWN + 3  # a parameter's address, its velocity's, and the gradient's
 
 # The magnitudes from which on numbers are infinite when they have been rounded.
@@ -145,6 +146,36 @@ def move_kernel(dst: Dtype, src: Dtype, packs: bool) -> Kernel:
                 zero(target + i, 0, (0,))
 
     return Kernel(move, *[types.int64] * 4, from_dtype(np.dtype(wide(dst, src))))
+
+
+def _looker(dtype: Dtype) -> Function:
+    """A sweep that says whether something is not finite."""
+    size, find = dtype.itemsize, _finder(dtype)
+
+    def step(lanes: int, pieces: int) -> Function:
+        load = loader(dtype, lanes, pieces)
+
+        @device_function
+        def look(i, stride, source):  # type: ignore[no-untyped-def]
+            return folded(find, False, load(source + i * size, stride * size))
+
+        return look
+
+    return sweeper(step, widest(dtype))
+
+
+@cache
+def search_kernel(dtype: Dtype) -> Kernel:
+    """Tensors of ``dtype``, a float."""
+    size, lanes, sweep = dtype.itemsize, widest(dtype), _looker(dtype)
+
+    def search(table, owners, chunk, nonfinite):  # type: ignore[no-untyped-def]
+        array, row, begin, left = find_chunk(cuda.blockIdx.x, table, SEARCH_WIDTH, owners, chunk)
+        source = int64_at(row + 8 * OWN) + begin * size
+        found = sweep(cuda.threadIdx.x, min(left, chunk), is_aligned(source, lanes * size), source)
+        _flag(found, nonfinite, array)
+
+    return Kernel(search, *[types.int64] * 4)
 
 
 @device_function
@@ -247,6 +278,19 @@ def _slot_addresses(counts: Sequence[int], bucket: Memory) -> list[int]:
     return [bucket.address + begin * bucket.dtype.itemsize for begin in begins]
 
 
+class Launch:
+    """The launch of a kernel, to be done again and again. ``keep`` owns the memory that it is about."""
+
+    def __init__(
+        self, kernel: Kernel, blocks: int, stream: int, arguments: tuple[Any, ...], keep: Any
+    ) -> None:
+        self._kernel, self._keep = kernel, keep
+        self._arguments = blocks, stream, *arguments
+
+    def __call__(self) -> None:
+        self._kernel.launch(*self._arguments)
+
+
 class Packing:
     """Many tensors of one dtype, and the slots of one bucket that hold them.
 
@@ -272,13 +316,21 @@ class Packing:
         others stay. It happens in the order of ``stream``, by default the one on which the bucket's library
         works at present.
         """
-        self._move(self._bucket_dtype, self._dtype, scale, nonfinite, stream, packs=True)
+        self.pack_launch(scale, nonfinite, stream)()
 
     def unpack(self, scale: float = 1.0, nonfinite: Array | None = None, stream: Any = None) -> None:
         """tensor i = bucket[slot i] * ``scale``; see `pack`, ``nonfinite`` being of what the tensors hold."""
-        self._move(self._dtype, self._bucket_dtype, scale, nonfinite, stream, packs=False)
+        self.unpack_launch(scale, nonfinite, stream)()
 
-    def _move(
+    def pack_launch(self, scale: float = 1.0, nonfinite: Array | None = None, stream: Any = None) -> Launch:
+        """`pack`, to be done later."""
+        return self._launch(self._bucket_dtype, self._dtype, scale, nonfinite, stream, packs=True)
+
+    def unpack_launch(self, scale: float = 1.0, nonfinite: Array | None = None, stream: Any = None) -> Launch:
+        """`unpack`, to be done later."""
+        return self._launch(self._dtype, self._bucket_dtype, scale, nonfinite, stream, packs=False)
+
+    def _launch(
         self,
         dst: Dtype,
         src: Dtype,
@@ -286,7 +338,7 @@ class Packing:
         nonfinite: Array | None,
         stream: Any,
         packs: bool,
-    ) -> None:
+    ) -> Launch:
         flags = _flags_address(nonfinite, len(self._tensors))
         if scale != 1 and dst not in FLOATS:
             raise TypeError(f"scale: expected 1 for {dst}, got {scale}; only floats are scaled")
@@ -294,7 +346,31 @@ class Packing:
             dst = src = np.dtype(f"u{dst.itemsize}")
         chunks = self._chunks
         arguments = chunks.table, chunks.owners, chunks.chunk, flags, scale
-        move_kernel(dst, src, packs).launch(chunks.blocks, stream_of(stream, self._bucket), *arguments)
+        kernel, handle = move_kernel(dst, src, packs), stream_of(stream, self._bucket)
+        return Launch(kernel, chunks.blocks, handle, arguments, (self, nonfinite))
+
+
+class Search:
+    """The search for NaN and infinity in tensors of one float dtype, where they are.
+
+    ``tensors`` and ``nonfinite`` are as for `Packing` and its `pack`; and so is what is raised.
+    """
+
+    def __init__(self, tensors: Sequence[Array]) -> None:
+        memories = _memories(tensors, "tensors")
+        dtype = _common_dtype(memories, "tensors")
+        if dtype not in FLOATS:
+            raise TypeError(f"tensors: expected floats, got {dtype}")
+        counts, addresses = [tensor.size for tensor in memories], [tensor.address for tensor in memories]
+        self._chunks = Chunks(counts, [addresses], widest(dtype))
+        self._kernel, self._tensors = search_kernel(dtype), tuple(tensors)
+
+    def launch(self, nonfinite: Array, stream: Any = None) -> Launch:
+        """The search, to be done later."""
+        flags, chunks = _flags_address(nonfinite, len(self._tensors)), self._chunks
+        arguments = chunks.table, chunks.owners, chunks.chunk, flags
+        handle = stream_of(stream, nonfinite)
+        return Launch(self._kernel, chunks.blocks, handle, arguments, (self, nonfinite))
 
 
 class Update:

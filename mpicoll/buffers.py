@@ -3,7 +3,8 @@
 Every form that mpi4py documents is understood: an array, ``[data, count]``, ``[data, datatype]``,
 ``[data, count, datatype]``, ``[data, (count, displacement), datatype]``, for the v-collectives
 ``[data, counts, displacements, datatype]`` and its shorter forms, ``MPI.IN_PLACE`` and ``None``. ``data`` is
-anything on the host with the buffer protocol or DLPack: NumPy (also float16 and bfloat16), PyTorch, bytes.
+anything on the host with the buffer protocol or DLPack: NumPy (also float16 and bfloat16), PyTorch, bytes; or
+memory of a GPU, see `gpu.memory`.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ import ml_dtypes
 import numpy as np
 from mpi4py import MPI
 
+from mpicoll.gpu.memory import GpuData, gpu_data, on_gpu
+
 Dtype = np.dtype[Any]
 BYTES = np.dtype(np.uint8)
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
@@ -30,6 +33,14 @@ class Data:
     array: np.ndarray[Any, Any]
     address: int
 
+    @property
+    def dtype(self) -> Dtype:
+        return self.array.dtype  # type: ignore[no-any-return]
+
+    @property
+    def nbytes(self) -> int:
+        return self.array.nbytes
+
 
 @dataclass(frozen=True, slots=True)
 class Message:
@@ -40,7 +51,7 @@ class Message:
     """
 
     argument: str
-    data: Data | None
+    data: Data | GpuData | None
     address: int
     count: int
     dtype: Dtype | None
@@ -65,6 +76,13 @@ class Blocks:
     message: Message
     counts: list[int]
     displacements: list[int]
+
+
+def data_of(obj: Any, argument: str, writable: bool) -> Data | GpuData:
+    """The memory of ``obj``, wherever it is; raises TypeError or ValueError that names ``argument``."""
+    if type(obj) is not np.ndarray and on_gpu(obj):
+        return gpu_data(obj, argument, writable)
+    return host_data(obj, argument, writable)
 
 
 def host_data(obj: Any, argument: str, writable: bool) -> Data:
@@ -179,16 +197,16 @@ def _split(spec: Any, argument: str) -> tuple[Any, Any, Any, MPI.Datatype | None
 
 def _base(data: Any, datatype: MPI.Datatype | None, argument: str, writable: bool) -> tuple[Message, int]:
     """A message of no elements yet, and the bytes that are there."""
-    memory = None if data is None or data is MPI.BOTTOM else host_data(data, argument, writable)
+    memory = None if data is None or data is MPI.BOTTOM else data_of(data, argument, writable)
     if datatype is not None:
         dtype, size, extent = _element(datatype)
     elif memory is not None:
-        dtype = memory.array.dtype
+        dtype = memory.dtype
         size = extent = dtype.itemsize
     else:
         dtype, size, extent = BYTES, 1, 1
     address = memory.address if memory is not None else 0
-    available = memory.array.nbytes if memory is not None else 0
+    available = memory.nbytes if memory is not None else 0
     return Message(argument, memory, address, 0, dtype, datatype, size, extent), available
 
 

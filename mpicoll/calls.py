@@ -20,16 +20,20 @@ from typing import Any
 import numpy as np
 from mpi4py import MPI
 
-from mpicoll import algorithms, tuning
+from mpicoll import algorithms, chunks, tuning
 from mpicoll.buffers import BYTES, Blocks, Dtype, Message, check_same_type, parse, parse_blocks
+from mpicoll.chunks import Parts, Shape, byte_shape
+from mpicoll.gpu.calls import PLACE, GpuCalls, Sharing, on_gpu
+from mpicoll.gpu.plans import GpuPlan
 from mpicoll.kernels import reduce as kernels
 from mpicoll.requests import Call, Plan
-from mpicoll.schedule import Schedule, chunk_bounds
+from mpicoll.schedule import Schedule
 from mpicoll.transports.hierarchical import COLLECTIVES as HIERARCHICAL_COLLECTIVES
 from mpicoll.transports.hierarchical import Hierarchy
 from mpicoll.transports.messages import MessagePlan
 from mpicoll.transports.program import Layout, compile_program
 from mpicoll.transports.shared import NO_REDUCTION, Channel, Reduction, SharedPlan, reduction
+from mpicoll.tune.table import NO_CHOICES, Choices, Rule
 from mpicoll.watch import What, of, what
 
 FLOAT32 = np.dtype(np.float32)
@@ -64,7 +68,7 @@ class _Plans:
         self._free: OrderedDict[Any, list[Plan]] = OrderedDict()
         self._count = 0
         self._scratch = 0
-        self._turn = threading.Lock()
+        self._turn = threading.RLock()  # a plan that goes may give back others, which it has used
 
     def take(self, key: Any) -> Plan | None:
         with self._turn:
@@ -75,6 +79,7 @@ class _Plans:
             return self._removed(plans.pop())
 
     def put(self, key: Any, plan: Plan) -> None:
+        gone = []  # which may give back others when they go: not in here
         with self._turn:
             self._free.setdefault(key, []).append(plan)
             self._count += 1
@@ -82,9 +87,9 @@ class _Plans:
             while self._count > MAX_PLANS or (self._scratch > MAX_SCRATCH and self._count > 1):
                 oldest, plans = next(iter(self._free.items()))
                 if plans:
-                    self._removed(plans.pop(0))
+                    gone.append(self._removed(plans.pop(0)))
                 if not plans:
-                    del self._free[oldest]
+                    self._free.pop(oldest, None)
 
     def _removed(self, plan: Plan) -> Plan:
         self._count -= 1
@@ -97,7 +102,8 @@ class CallMaker:
 
     ``channel`` leads to the ranks' shared memory, ``hierarchy`` to that of each node, where there are
     several. Without them everything travels in messages; ``no_hierarchy`` says why there is none, and
-    ``network`` whether there are several nodes.
+    ``network`` whether there are several nodes. ``sharing`` is about GPUs; ``nonblocking`` says that calls
+    may overlap. ``choices``: what was measured to be better than the static choice; the same on all ranks.
     """
 
     def __init__(
@@ -105,22 +111,27 @@ class CallMaker:
         private: MPI.Intracomm,
         spins: int,
         algorithm: str,
+        sharing: Sharing,
         channel: Channel | None = None,
         hierarchy: Hierarchy | None = None,
         no_hierarchy: str | None = None,
         network: bool = False,
+        nonblocking: bool = False,
+        choices: Choices = NO_CHOICES,
     ) -> None:
-        self._private = private
+        self.private = private
+        self.choices = choices
         self._channel = channel
         self._hierarchy = hierarchy
         self._no_hierarchy = no_hierarchy
-        self._network = network
         self.rank = private.Get_rank()
         self.nranks = private.Get_size()
+        self.network = network
         self._spins = spins
         self._algorithm = algorithm
         self._plans = _Plans()
         self.watch = of(private)[0]
+        self._gpu = GpuCalls(self, sharing, nonblocking)
 
     @property
     def on_one_node(self) -> bool:
@@ -129,7 +140,14 @@ class CallMaker:
 
     def release(self, call: Call) -> None:
         """Keep the plan of a completed call for the next one like it."""
-        self._plans.put(call.key, call.plan)
+        if isinstance(call.plan, GpuPlan):
+            call.plan.rest()
+        if call.key is not None:
+            self._plans.put(call.key, call.plan)
+
+    def take(self, key: Any) -> Plan | None:
+        """A kept plan for calls of this kind, or None."""
+        return self._plans.take(key)
 
     # -- reductions
 
@@ -144,7 +162,7 @@ class CallMaker:
             return None
         _check_count(recv, send.count, "as in sendbuf")
         name = self.choose("allreduce", algorithm, send.count * send.size)
-        return self._reduction_call("allreduce", name, operation, send, recv, send.count)
+        return self.reduction_call("allreduce", name, operation, send, recv, send.count)
 
     def reduce(
         self,
@@ -170,7 +188,7 @@ class CallMaker:
         if recv is not None:
             _check_count(recv, send.count, "as in sendbuf")
         name = self.choose("reduce", algorithm, send.count * send.size)
-        return self._reduction_call("reduce", name, operation, send, recv, send.count, root)
+        return self.reduction_call("reduce", name, operation, send, recv, send.count, root)
 
     def reduce_scatter_block(
         self, sendbuf: Any, recvbuf: Any, op: Operation = MPI.SUM, *, algorithm: str | None = None
@@ -211,7 +229,7 @@ class CallMaker:
             if in_place:
                 raise ValueError("recvcounts: expected a count for each rank with IN_PLACE, got None")
             with self.watch.understanding():
-                recvcounts = self._private.allgather(recv.count)
+                recvcounts = self.private.allgather(recv.count)
         counts = [int(count) for count in recvcounts]
         if len(counts) != self.nranks or min(counts) < 0:
             raise ValueError(f"recvcounts: expected {self.nranks} counts of 0 or more, got {counts}")
@@ -223,9 +241,9 @@ class CallMaker:
         else:
             _check_count(recv, sum(counts), "the sum of recvcounts, being both input and output")
         name = self.choose("reduce_scatter", algorithm, sum(counts) * recv.size)
-        return self._reduction_call("reduce_scatter", name, operation, send, recv, tuple(counts))
+        return self.reduction_call("reduce_scatter", name, operation, send, recv, tuple(counts))
 
-    def _reduction_call(
+    def reduction_call(
         self,
         collective: str,
         algorithm: str,
@@ -235,6 +253,11 @@ class CallMaker:
         shape: int | tuple[int, ...],
         root: int = 0,
     ) -> Call:
+        """A reduction whose arguments are known to be right; ``shape`` is a count, or one for each block."""
+        if on_gpu(send, recv):
+            nbytes = (shape if isinstance(shape, int) else sum(shape)) * send.size
+            messages = self._of_messages(collective, algorithm, nbytes)
+            return self._gpu.reduction(collective, algorithm, messages, operation, send, recv, shape, root)
         assert send.dtype is not None
         total = shape if isinstance(shape, int) else sum(shape)
         into = recv.address if recv is not None else 0
@@ -277,18 +300,11 @@ class CallMaker:
             if isinstance(shape, int):
                 return self._hierarchy.allreduce_plan(operation, dtype, shape)
             return self._hierarchy.reduce_scatter_plan(operation, dtype, shape)
-        schedule = algorithms.schedule(collective, algorithm, self.nranks, root)
-        if isinstance(shape, int):
-            bounds = chunk_bounds(shape, schedule.nchunks, dtype.itemsize)
-            output_at = bounds[:-1]
-        else:
-            bounds = np.cumsum([0, *shape])
-            output_at = np.zeros(self.nranks, np.int64)
-        layout = Layout(np.diff(bounds), bounds[:-1], output_at, in_place)
+        parts = chunks.reduction(collective, algorithm, self.nranks, shape, root, dtype.itemsize, in_place)
         average = operation == "AVG"
         kernel = kernels.reduce_kernel("SUM" if average else operation, dtype)
         scale = kernels.scale_kernel(dtype) if average else 0
-        return self._plan(schedule, layout, dtype.itemsize, kernel, scale)
+        return self._plan(parts, dtype.itemsize, kernel, scale)
 
     # -- one sends, or one receives
 
@@ -296,8 +312,15 @@ class CallMaker:
         """Copy ``buf`` of ``root`` into every rank's."""
         self._check_root(root)
         message = parse(buf, "buf", writable=self.rank != root)
+        name = self.choose("broadcast", algorithm, message.count * message.size)
+        return self.broadcast_call(message, name, root)
+
+    def broadcast_call(self, message: Message, name: str, root: int) -> Call:
+        """A broadcast by the algorithm of this name, whose arguments are known to be right."""
+        if on_gpu(message):
+            messages = self._of_messages("broadcast", name, message.count * message.size)
+            return self._gpu.broadcast(message, name, messages, root)
         nbytes = message.count * message.size
-        name = self.choose("broadcast", algorithm, nbytes)
         key = ("broadcast", name, nbytes, root)
         plan = self._plans.take(key) or self._broadcast_plan(*key)
         named = what("broadcast", name, None, nbytes, "", root)
@@ -314,9 +337,7 @@ class CallMaker:
         if algorithm == HIERARCHICAL:
             assert self._hierarchy is not None
             return self._hierarchy.broadcast_plan(nbytes, root)
-        schedule = algorithms.schedule(collective, algorithm, self.nranks, root)
-        bounds = chunk_bounds(nbytes, schedule.nchunks, 1)
-        return self._plan(schedule, Layout(np.diff(bounds), bounds[:-1], bounds[:-1], in_place=True))
+        return self._plan(chunks.broadcast(algorithm, self.nranks, nbytes, root))
 
     def gather(self, sendbuf: Any, recvbuf: Any, root: int = 0, *, algorithm: str | None = None) -> Call:
         """Collect every rank's ``sendbuf`` as blocks of equal size in ``recvbuf`` of ``root``."""
@@ -366,19 +387,32 @@ class CallMaker:
         # With uneven blocks a rank knows its own size only, so no rank can pass on another's block.
         only = ("direct",) if vector else None
         name = self.choose(collective, algorithm, own_bytes * self.nranks, only)
+        sends = collective == "gather"
         counts = (0,) * self.nranks if vector else (own_bytes,) * self.nranks
-        shape = _Shape(counts, counts) if blocks is None else _byte_shape(blocks)
+        shape = Shape(counts, counts) if blocks is None else byte_shape(blocks)
         if blocks is None:
             shape.counts[self.rank] = own_bytes
+        if on_gpu(own.message, blocks.message if blocks else None):
+            named = _named(collective, name, None if vector else own_bytes, root, PLACE)
+            messages = self._of_messages(collective, name, own_bytes * self.nranks, only)
+            parts = chunks.rooted(collective, messages, self.nranks, shape, root, in_place)
+
+            def hosted(sent: Blocks | None, received: Blocks | None) -> Call:
+                mine, all_ = (sent, received) if sends else (received, sent)
+                assert mine is not None
+                return self._rooted_call(collective, mine, all_, root, algorithm, vector, in_place)
+
+            sent, received = (own, blocks) if sends else (blocks, own)
+            return self._gpu.blocks(collective, named, sent, received, hosted, parts, root)
         key = (collective, name, vector, shape.key, own_bytes, root, in_place)
         plan = self._plans.take(key)
         if plan is None and name == SHARED:
             plan = self._shared_rooted_plan(collective, own_bytes, shape if blocks else None, root, vector)
         elif plan is None:
-            plan = self._rooted_plan(collective, name, shape, root, in_place)
+            parts = chunks.rooted(collective, name, self.nranks, shape, root, in_place)
+            plan = self._plan(parts, agreed=False)
         named = _named(collective, name, None if vector else own_bytes, root)
         call = Call(plan, key, named, 0, 0, (own.message.data, blocks and blocks.message.data))
-        sends = collective == "gather"
         own_at = 0 if in_place else _stage_blocks(call, own, read=sends, write=not sends)
         blocks_at = (
             0 if blocks is None else _stage_blocks(call, blocks, read=not sends or in_place, write=sends)
@@ -393,15 +427,8 @@ class CallMaker:
             call.send, call.recv = blocks_at, own_at
         return call
 
-    def _rooted_plan(self, collective: str, algorithm: str, shape: _Shape, root: int, in_place: bool) -> Plan:
-        schedule = algorithms.schedule(collective, algorithm, self.nranks, root)
-        counts, blocks_at = np.array(shape.counts), np.array(shape.displacements)
-        own_at = blocks_at if in_place else np.zeros(self.nranks, np.int64)
-        sides = (own_at, blocks_at) if collective == "gather" else (blocks_at, own_at)
-        return self._plan(schedule, Layout(counts, sides[0], sides[1], in_place))
-
     def _shared_rooted_plan(
-        self, collective: str, own_bytes: int, blocks: _Shape | None, root: int, vector: bool
+        self, collective: str, own_bytes: int, blocks: Shape | None, root: int, vector: bool
     ) -> SharedPlan:
         plan = self._shared_plan()
         if not vector:
@@ -426,10 +453,24 @@ class CallMaker:
     def _allgather(self, sendbuf: Any, recvbuf: Any, algorithm: str | None, vector: bool) -> Call:
         recv = self._blocks(recvbuf, "recvbuf", vector, writable=True)
         in_place = sendbuf is MPI.IN_PLACE
-        shape = _byte_shape(recv)
+        shape = byte_shape(recv)
         send = _own_block(recv, self.rank) if in_place else _one_block(parse(sendbuf, "sendbuf"))
         _check_block(recv, self.rank, send)
         name = self.choose("allgather", algorithm, sum(shape.counts))
+        return self._allgather_call(send, recv, name, vector, in_place)
+
+    def _allgather_call(self, send: Blocks, recv: Blocks, name: str, vector: bool, in_place: bool) -> Call:
+        shape = byte_shape(recv)
+        size = tuple(shape.counts) if vector else shape.counts[0]
+        if on_gpu(send.message, recv.message):
+            named = what("allgather", name, None, size, "", None, PLACE)
+
+            def hosted(sent: Any, received: Any) -> Call:
+                return self._allgather_call(sent, received, name, vector, in_place)
+
+            messages = self._of_messages("allgather", name, sum(shape.counts))
+            parts = chunks.allgather(messages, self.nranks, shape, in_place)
+            return self._gpu.blocks("allgather", named, send, recv, hosted, parts)
         key = ("allgather", name, shape.key, in_place)
         plan = self._plans.take(key)
         if plan is None and name == SHARED:
@@ -438,11 +479,8 @@ class CallMaker:
             assert self._hierarchy is not None
             plan = self._hierarchy.allgather_plan(shape.counts, shape.displacements)
         elif plan is None:
-            schedule = algorithms.schedule("allgather", name, self.nranks)
-            at = np.array(shape.displacements)
-            input_at = at if in_place else np.zeros(self.nranks, np.int64)
-            plan = self._plan(schedule, Layout(np.array(shape.counts), input_at, at, in_place))
-        named = what("allgather", name, None, tuple(shape.counts) if vector else shape.counts[0], "", None)
+            plan = self._plan(chunks.allgather(name, self.nranks, shape, in_place))
+        named = what("allgather", name, None, size, "", None)
         call = Call(plan, key, named, 0, 0, (send.message.data, recv.message.data))
         call.recv = _stage_blocks(call, recv, read=in_place, write=True)
         if in_place:
@@ -451,7 +489,7 @@ class CallMaker:
             call.send = _stage_blocks(call, send, read=True)
         return call
 
-    def _shared_allgather_plan(self, shape: _Shape, vector: bool) -> SharedPlan:
+    def _shared_allgather_plan(self, shape: Shape, vector: bool) -> SharedPlan:
         plan = self._shared_plan()
         if not vector:
             return plan.set_up("allgather", shape.counts[self.rank])
@@ -471,16 +509,31 @@ class CallMaker:
         in_place = sendbuf is MPI.IN_PLACE
         send = recv if in_place else self._blocks(sendbuf, "sendbuf", vector)
         _check_block(recv, self.rank, send, self.rank)
-        shapes = _byte_shape(send), _byte_shape(recv)
+        shapes = byte_shape(send), byte_shape(recv)
         only = ("pairwise",) if vector else None
         name = self.choose("alltoall", algorithm, sum(shapes[0].counts) * self.nranks, only)
+        return self._alltoall_call(send, recv, name, vector, in_place)
+
+    def _alltoall_call(self, send: Blocks, recv: Blocks, name: str, vector: bool, in_place: bool) -> Call:
+        shapes = byte_shape(send), byte_shape(recv)
+        size = None if vector else shapes[0].counts[0]
+        if on_gpu(send.message, recv.message):
+
+            def hosted(sent: Any, received: Any) -> Call:
+                return self._alltoall_call(sent, received, name, vector, in_place)
+
+            named = _named("alltoall", name, size, None, PLACE)
+            only = ("pairwise",) if vector else None
+            messages = self._of_messages("alltoall", name, sum(shapes[0].counts) * self.nranks, only)
+            parts = chunks.alltoall(messages, self.nranks, self.rank, *shapes)
+            return self._gpu.blocks("alltoall", named, send, recv, hosted, parts, known=not vector)
         key = ("alltoall", name, vector, shapes[0].key, shapes[1].key)
         plan = self._plans.take(key)
         if plan is None and name == SHARED:
             plan = self._shared_alltoall_plan(*shapes, vector)
         elif plan is None:
-            plan = self._alltoall_plan(name, *shapes)
-        named = _named("alltoall", name, None if vector else shapes[0].counts[0], None)
+            plan = self._plan(chunks.alltoall(name, self.nranks, self.rank, *shapes), agreed=False)
+        named = _named("alltoall", name, size, None)
         call = Call(plan, key, named, 0, 0, (send.message.data, recv.message.data))
         call.recv = _stage_blocks(call, recv, read=in_place, write=True)
         call.send = call.recv if in_place else _stage_blocks(call, send, read=True)
@@ -488,17 +541,7 @@ class CallMaker:
             _stage_input(call, shapes[0].end)
         return call
 
-    def _alltoall_plan(self, algorithm: str, sent: _Shape, received: _Shape) -> Plan:
-        schedule = algorithms.schedule("alltoall", algorithm, self.nranks)
-        # Bruck passes others' blocks on; all are as large as ours then.
-        counts = np.full(schedule.nchunks, sent.counts[0])
-        input_at, output_at = np.zeros((2, schedule.nchunks), np.int64)
-        ours, theirs = schedule.inputs(self.rank), schedule.outputs(self.rank)
-        counts[ours], input_at[ours] = sent.counts, sent.displacements
-        counts[theirs], output_at[theirs] = received.counts, received.displacements
-        return self._plan(schedule, Layout(counts, input_at, output_at))
-
-    def _shared_alltoall_plan(self, sent: _Shape, received: _Shape, vector: bool) -> SharedPlan:
+    def _shared_alltoall_plan(self, sent: Shape, received: Shape, vector: bool) -> SharedPlan:
         plan = self._shared_plan()
         if not vector:
             return plan.set_up("alltoall", sent.counts[0])
@@ -516,18 +559,21 @@ class CallMaker:
             nothing = np.zeros(1, np.int64)
             layout = Layout(nothing, nothing, nothing)
             schedule = algorithms.schedule("barrier", name, self.nranks)
-            plan = self._plan(schedule, layout, kernel=kernels.reduce_kernel("BOR", BYTES))
+            plan = self._plan((schedule, layout), kernel=kernels.reduce_kernel("BOR", BYTES))
         return Call(plan, key, what("barrier", name, None, None, "", None), 0, 0, ())
 
     # -- shared by all
 
     def _plan(
-        self, schedule: Schedule, layout: Layout, itemsize: int = 1, kernel: int = 0, scale: int = 0
+        self, parts: Parts, itemsize: int = 1, kernel: int = 0, scale: int = 0, agreed: bool = True
     ) -> Plan:
-        nbytes = int(layout.counts.sum()) * itemsize
-        pipeline = tuning.pipeline(self.nranks, nbytes, self._network)
+        """``agreed``: whether all ranks know the sizes of all chunks."""
+        schedule, layout = parts
+        nbytes = int(layout.counts.sum()) * itemsize if agreed else None
+        segment = None if nbytes is None else self._segment(schedule, nbytes)
+        pipeline = tuning.pipeline(self.nranks, nbytes, self.network, segment)
         program = compile_program(schedule, self.rank, layout, itemsize, pipeline, average=bool(scale))
-        return MessagePlan(program, self._private, self._spins, kernel, scale)
+        return MessagePlan(program, self.private, self._spins, kernel, scale)
 
     def _shared_plan(self, what: Reduction = NO_REDUCTION) -> SharedPlan:
         assert self._channel is not None
@@ -561,12 +607,38 @@ class CallMaker:
             )
         return algorithm
 
+    def _of_messages(
+        self, collective: str, algorithm: str, nbytes: int, only: tuple[str, ...] | None = None
+    ) -> str:
+        """The algorithm with which messages alone do what ``algorithm`` does."""
+        if algorithm not in (SHARED, HIERARCHICAL):
+            return algorithm
+        return only[0] if only else tuning.choose(collective, self.nranks, nbytes, self.network)
+
     def _choose_messages(self, collective: str, nbytes: int) -> str:
         """The best algorithm where not all ranks share memory."""
+        rule = self._rule(collective, nbytes)
+        return self._static_choice(collective, nbytes) if rule is None else rule.algorithm
+
+    def _static_choice(self, collective: str, nbytes: int) -> str:
         nodes = self._hierarchy
         if nodes and tuning.hierarchical_pays(collective, nodes.nnodes, nbytes):
             return HIERARCHICAL
-        return tuning.choose(collective, self.nranks, nbytes, self._network)
+        return tuning.choose(collective, self.nranks, nbytes, self.network)
+
+    def _rule(self, collective: str, nbytes: int) -> Rule | None:
+        """What was measured to be better than the static choice, if anything was."""
+        if not self.choices.rules:
+            return None
+        rule = self.choices.rule(collective, nbytes, self._static_choice(collective, nbytes))
+        if rule is not None and rule.algorithm == HIERARCHICAL and self._hierarchy is None:
+            return None
+        return rule
+
+    def _segment(self, schedule: Schedule, nbytes: int) -> int | None:
+        """The bytes of a segment, if those were measured for this algorithm and size."""
+        rule = self._rule(schedule.collective, nbytes)
+        return rule.segment if rule is not None and rule.algorithm == schedule.name else None
 
     def _check_root(self, root: int) -> None:
         if not isinstance(root, (int, np.integer)):
@@ -601,14 +673,21 @@ def _reduction(send: Message, recv: Message, op: Operation) -> str | None:
         return "AVG"
     name = operation_name(op)
     if name is None or dtype is None or dtype not in kernels.DTYPES:
+        if on_gpu(send, recv):  # MPI would look for it in the host's memory
+            raise TypeError(
+                f"op: expected a predefined operation on numbers for GPU memory, got {name or op} of "
+                f"{send.type_name}; copy the data to the host for operations or datatypes of your own"
+            )
         return None
     kernels.check_supported(name, dtype)
     return str(name)
 
 
-def _named(collective: str, algorithm: str, nbytes: int | None, root: int | None) -> What:
+def _named(collective: str, algorithm: str, nbytes: int | None, root: int | None, place: str = "") -> What:
     """The call, with the size of all its blocks or, as ranks do not know each other's, without."""
-    return what(collective if nbytes is not None else f"{collective}v", algorithm, None, nbytes, "", root)
+    return what(
+        collective if nbytes is not None else f"{collective}v", algorithm, None, nbytes, "", root, place
+    )
 
 
 def _check_count(message: Message, count: int, why: str) -> None:
@@ -628,31 +707,6 @@ def _check_block(blocks: Blocks, rank: int, own: Blocks, own_index: int = 0) -> 
         )
 
 
-class _Shape:
-    """Blocks in bytes."""
-
-    def __init__(self, counts: Sequence[int], displacements: Sequence[int]) -> None:
-        self.counts = list(counts)
-        self.displacements = list(displacements)
-
-    @property
-    def key(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        return tuple(self.counts), tuple(self.displacements)
-
-    @property
-    def end(self) -> int:
-        return max((d + c for c, d in zip(self.counts, self.displacements, strict=True)), default=0)
-
-
-def _byte_shape(blocks: Blocks) -> _Shape:
-    """Where blocks lie in bytes; those of a datatype with holes lie packed, one after the other."""
-    size = blocks.message.size
-    counts = [count * size for count in blocks.counts]
-    if blocks.message.plain:
-        return _Shape(counts, [displacement * size for displacement in blocks.displacements])
-    return _Shape(counts, np.cumsum([0, *counts[:-1]]).tolist())
-
-
 def _one_block(message: Message) -> Blocks:
     return Blocks(message, [message.count], [0])
 
@@ -667,7 +721,7 @@ def _stage_blocks(call: Call, blocks: Blocks, read: bool = False, write: bool = 
     message = blocks.message
     if message.plain:
         return message.address
-    packed = np.empty(sum(_byte_shape(blocks).counts), np.uint8)
+    packed = np.empty(sum(byte_shape(blocks).counts), np.uint8)
     call.keep += (packed,)
     kept = Blocks(_with_own_datatype(message, packed), blocks.counts, blocks.displacements)
     if read:

@@ -20,18 +20,31 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from mpicoll import algorithms
+from mpicoll import algorithms, exchange
 from mpicoll.algorithms.hierarchical import NAME, Topology
 from mpicoll.reproducible import OrderProof, verify_orders
 from mpicoll.schedule import COLLECTIVES
-from mpicoll.verify import Row, ScheduleError, rank_list, verify, verify_all, verify_hierarchical
+from mpicoll.schedule_options import MAX_RANKS, as_nodes
+from mpicoll.verify import (
+    Row,
+    ScheduleError,
+    one_row,
+    rank_list,
+    verify,
+    verify_all,
+    verify_hierarchical,
+)
 
 ORDER_UP_TO = 16  # ranks; a sum over more does not fit on a line
-MAX_RANKS = 100_000  # more is a typing error: the largest machines have fewer nodes
 
 # Subcommand: the module whose `command` it is, and its line in the list of subcommands.
 DEFERRED = {
-    "bench": ("mpicoll.bench.command", "Measure collectives, gradients or kernels, beside their peers."),
+    "draw": ("mpicoll.draw.command", "Draw what an algorithm does: as text, a picture, or a page."),
+    "bench": ("mpicoll.bench.command", "Measure collectives, gradients, kernels or DDP, beside their peers."),
+    "trace": ("mpicoll.trace.command", "Sum up a trace: phases, overlap, stragglers, bytes; as HTML, too."),
+    "export": ("mpicoll.exchange.command", "Write a schedule for other tools: MSCCL XML or GOAL."),
+    "simulate": ("mpicoll.simulate.command", "Predict times on machines of any size; map the fastest."),
+    "tune": ("mpicoll.tune.command", "Measure which algorithms are the fastest here; fit a machine."),
     "where": ("mpicoll.where", "Show where every rank of a running job is."),
     "info": ("mpicoll.info", "Show what a bug report needs: versions, MPI library, ranks, CPUs, GPUs."),
 }
@@ -57,15 +70,6 @@ def _ranks_option(ctx: click.Context, param: click.Parameter, text: str) -> list
         return parse_ranks(text)
     except ValueError as error:
         raise click.BadParameter(str(error)) from None
-
-
-def _nodes_option(ctx: click.Context, param: click.Parameter, text: str | None) -> Topology | None:
-    if text is None:
-        return None
-    sizes = [part.strip() for part in text.split(",")]
-    if not all(size.isdecimal() and 1 <= int(size) <= MAX_RANKS for size in sizes):
-        raise click.BadParameter(f"expected the number of ranks of each node, such as 2,3; got {text!r}")
-    return Topology.of_sizes([int(size) for size in sizes])
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -102,8 +106,15 @@ def main() -> None:
 @click.option(
     "--nodes",
     metavar="LIST",
-    callback=_nodes_option,
+    callback=as_nodes,
     help="Ranks of each node, such as 2,3; for --algorithm hierarchical.",
+)
+@click.option(
+    "--file",
+    "path",
+    metavar="FILE",
+    type=click.Path(exists=True, dir_okay=False),
+    help="The schedule in this file: MSCCL's XML or GOAL, see mpicoll export.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
 def verify_command(
@@ -113,6 +124,7 @@ def verify_command(
     ranks: list[int],
     shards: int | None,
     nodes: Topology | None,
+    path: str | None,
     as_json: bool,
 ) -> None:
     """Prove that algorithms compute their collective, symbolically and without MPI.
@@ -129,6 +141,9 @@ def verify_command(
     With --nodes, the proof is of what several nodes do, in the memory of each and in messages between them,
     with every algorithm that there is between nodes.
 
+    With --file, the proof is of a schedule that was exported, here or by others. COLLECTIVE says what a GOAL
+    file does that does not say it.
+
     With --shards, the proof is of what reproducible training does: every algorithm, at every number of ranks,
     adds N shards by one and the same tree, to the same bits. The table shows what that costs.
 
@@ -139,7 +154,11 @@ def verify_command(
       mpicoll verify broadcast --ranks 1-16,100 --json
       mpicoll verify allreduce --algorithm hierarchical --nodes 2,3
       mpicoll verify allreduce --shards 8 --ranks 1-8
+      mpicoll verify --file ring.xml
     """
+    if path is not None:
+        _verify_file(path, collective, as_json)
+        return
     _check_nodes(collective, algorithm, nodes, shards)
     if nodes is None:
         _check_selection(collective, algorithm, everything)
@@ -172,6 +191,31 @@ def verify_command(
         click.echo(
             f"chunks {rank_list(order['chunks'])} on ranks {rank_list(order['ranks'])}: {order['order']}"
         )
+
+
+def _verify_file(path: str, collective: str | None, as_json: bool) -> None:
+    """Prove the schedule in a file; COLLECTIVE says what it does, if the file does not."""
+    asked = click.get_current_context().get_parameter_source
+    for option in ("algorithm", "everything", "ranks", "shards", "nodes"):
+        if asked(option) != ParameterSource.DEFAULT:
+            surplus = "--all" if option == "everything" else f"--{option}"
+            raise click.BadParameter(f"expected no {surplus} beside it", param_hint="--file")
+    started = time.perf_counter()
+    try:
+        schedule = exchange.load(path, collective)
+        row = one_row(schedule)
+    except (exchange.ExchangeError, OSError) as error:
+        raise click.BadParameter(f"{path}: {error}", param_hint="--file") from None
+    except ScheduleError as error:
+        _report_failure(error, as_json)
+        sys.exit(1)
+    seconds = time.perf_counter() - started
+    if as_json:
+        result = {"ok": True, "seconds": seconds, "results": [asdict(row)], "orders": []}
+        click.echo(json.dumps(result, indent=2))
+        return
+    _print_table([row])
+    click.echo(f"{path}: proved right at {row.nranks} ranks in {seconds:.1f} s")
 
 
 def _check_nodes(

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial, wraps
 from types import TracebackType
 from typing import Any
@@ -17,7 +18,10 @@ from mpicoll.calls import HIERARCHICAL, SHARED, CallMaker, Operation
 from mpicoll.fastcalls import FastMethod
 from mpicoll.fastmessages import CallCount, KnownMethod
 from mpicoll.faults import RankFailedError, outlives_ranks
+from mpicoll.gpu import calls as gpu
+from mpicoll.gpu.plans import GpuPlan
 from mpicoll.grouped import ManyCalls
+from mpicoll.objects import ObjectCalls
 from mpicoll.placement import check_world
 from mpicoll.repeated import RepeatedCalls, signature
 from mpicoll.requests import Call, PersistentCall, Request, Series
@@ -26,7 +30,8 @@ from mpicoll.transports.arena import new_array
 from mpicoll.transports.hierarchical import HierarchicalPlan, Hierarchy
 from mpicoll.transports.messages import count_cores
 from mpicoll.transports.shared import Channel, Reduction, SharedPlan
-from mpicoll.watch import Watch, What, checked_timeout, timeout_from
+from mpicoll.tune.table import NO_CHOICES, Choices, choices_for
+from mpicoll.watch import Watch, What, checked_timeout, is_of_an_end, preparing, timeout_from, what
 
 ONE_SHOT_TAGS = 16_384  # they count from 0, and begin anew long after a call with the same tag has ended
 TRANSPORTS = ("auto", "shared", "messages")
@@ -91,24 +96,20 @@ def _persistent(prepare: _Prepare) -> Any:
                 "persistent collectives take predefined operations and dtypes only; use the blocking form "
                 "for operations or datatypes of your own"
             )
+        # It counts as a call of its own, also where it sends nothing: a rank that leaves it out is found out.
+        init = preparing(call.what)
+        self._count.next_tag(init)
+        self._begin(init)
         if isinstance(call.plan, SharedPlan):
-            call.plan.move_to(call.plan.channel.twin())
+            call.plan.move_to(call.plan.channel.twin(init.text))
         elif isinstance(call.plan, HierarchicalPlan) and self._hierarchy is not None:
-            call.plan.move_to(self._hierarchy.twin())
+            call.plan.move_to(self._hierarchy.twin(init.text))
+        elif isinstance(call.plan, GpuPlan):
+            source = self._channel or self._hierarchy
+            call.plan.move_to(source.twin(init.text) if source is not None else None)
         tag = self._take_persistent_tag()
         self._watch.stands(tag, call.what)
-        return PersistentCall(call, tag | call.what.mark)
-
-    return method
-
-
-def _understood(native: Callable[..., Any]) -> Any:
-    """One of MPI's own collectives, but the end of a rank is a `RankFailedError`, where MPI can tell."""
-
-    @wraps(native)
-    def method(self: Communicator, /, *args: Any, **kwargs: Any) -> Any:
-        with self._watch.understanding():
-            return native(self, *args, **kwargs)
+        return PersistentCall(call, tag | call.what.mark, partial(self._watch.falls, tag))
 
     return method
 
@@ -149,6 +150,7 @@ class Communicator(MPI.Intracomm):
         algorithm: str = "auto",
         transport: str = "auto",
         timeout: float | None = None,
+        gpu_transport: str = "auto",
     ) -> Communicator:
         if comm is not None and not isinstance(comm, MPI.Intracomm):
             raise TypeError(f"comm: expected an mpi4py intracommunicator, got {type(comm).__name__}")
@@ -160,11 +162,16 @@ class Communicator(MPI.Intracomm):
         algorithm: str = "auto",
         transport: str = "auto",
         timeout: float | None = None,
+        gpu_transport: str = "auto",
     ) -> None:
         known = {name for collective in algorithms.ALGORITHMS for name in algorithms.names(collective)}
         known |= {SHARED, HIERARCHICAL}
         if transport not in TRANSPORTS:
             raise ValueError(f"transport: expected one of {', '.join(TRANSPORTS)}; got {transport!r}")
+        if gpu_transport not in gpu.TRANSPORTS:
+            raise ValueError(
+                f"gpu_transport: expected one of {', '.join(gpu.TRANSPORTS)}; got {gpu_transport!r}"
+            )
         if algorithm != "auto" and algorithm not in known:
             raise ValueError(
                 f"algorithm: expected auto or one of {', '.join(sorted(known))}; got {algorithm!r}"
@@ -173,6 +180,7 @@ class Communicator(MPI.Intracomm):
         self._owned = False  # whether the communicator itself, not only what we added, is ours to free
         self._algorithm = algorithm
         self._transport = transport
+        self._gpu_transport = gpu_transport
         self._timeout = timeout_from(os.environ) if timeout is None else checked_timeout(timeout, "timeout")
         self._used = "none"
         if self != MPI.COMM_NULL:
@@ -196,6 +204,7 @@ class Communicator(MPI.Intracomm):
         cores = min(count_cores(node), hierarchical.share_of_cores(self._private, node))
         network = node.Get_size() < self.Get_size()
         spins = 0 if node.Get_size() > cores else 1000
+        self._choices = self._find_choices(node.Get_size(), network, crowded=spins == 0)
         self._channel: Channel | None = None
         self._hierarchy: Hierarchy | None = None
         reason = self._share_memory(node, cores, spins)
@@ -210,6 +219,21 @@ class Communicator(MPI.Intracomm):
         self._quicken()
         self._persistent_tag = 0
         self._many = ManyCalls(self._maker, self._channel, self._take_persistent_tag())
+        self._objects = ObjectCalls(self.rank, self.size, self._run_once)
+
+    def _find_choices(self, ranks_per_node: int, network: bool, crowded: bool) -> Choices:
+        """What was measured for such a communicator: rank 0 reads it, for all must choose alike."""
+        if self._private.Get_size() == 1:
+            return Choices(origin="none: there is one rank")
+        found, problem = NO_CHOICES, ""
+        if self._private.Get_rank() == 0:
+            library = MPI.Get_library_version()
+            size = self._private.Get_size()
+            found, problem = choices_for(library, size, ranks_per_node, network, crowded, os.environ)
+        choices: Choices = self._private.bcast(found)
+        if problem:
+            warnings.warn(problem, RuntimeWarning, stacklevel=5)  # where the program makes it
+        return choices
 
     def _share_memory(self, node: MPI.Intracomm, cores: int, spins: int) -> str | None:
         """Use what memory the ranks share; if there is none, why messages must do."""
@@ -246,16 +270,77 @@ class Communicator(MPI.Intracomm):
         """What prepares calls: the nonblocking ones, which only messages can do, and all others."""
         default = "auto" if self._algorithm in (SHARED, HIERARCHICAL) else self._algorithm
         unable = "nonblocking calls only send messages"
-        self._messages = CallMaker(self._private, spins, default, no_hierarchy=unable, network=network)
+        self._sharing = gpu.Sharing(
+            self._private, self._watch, self._gpu_transport, not network, self._foresee
+        )
+        self._messages = CallMaker(
+            self._private,
+            spins,
+            default,
+            self._sharing,
+            no_hierarchy=unable,
+            network=network,
+            nonblocking=True,
+            choices=self._choices,
+        )
         why = "all ranks are on one node" if self._channel is not None else reason
         self._maker = CallMaker(
-            self._private, spins, self._algorithm, self._channel, self._hierarchy, why, network
+            self._private,
+            spins,
+            self._algorithm,
+            self._sharing,
+            self._channel,
+            self._hierarchy,
+            why,
+            network,
+            choices=self._choices,
         )
 
     @property
     def transport(self) -> str:
         """How the collectives of this communicator travel, and why, in words."""
         return self._used
+
+    @property
+    def choices(self) -> Choices:
+        """What was measured here to be better than the static choice of algorithms; see `mpicoll.tune`.
+
+        May be set before the first collective, to the same on all ranks.
+        """
+        return self._choices
+
+    @choices.setter
+    def choices(self, choices: Choices) -> None:
+        self._choices = self._messages.choices = self._maker.choices = choices
+
+    def choose(self, collective: str, nbytes: int) -> str:
+        """What "auto" stands for: the algorithm of ``collective`` for ``nbytes`` bytes.
+
+        They are those of the whole vector, or of all ranks' blocks together. Raises ValueError if there is
+        no such collective.
+        """
+        return self._maker.choose(collective, None, nbytes)
+
+    @property
+    def has_spare_cores(self) -> bool:
+        """Whether a thread beside the program has a core to itself, or mostly waits for the network."""
+        return self._channel is None or self._channel.sizes.alone
+
+    @property
+    def gpu_transport(self) -> str:
+        """How the collectives of this communicator travel that are on GPU memory, and why, in words.
+
+        It is chosen in the first of them, or by `choose_gpu_transport`.
+        """
+        return self._sharing.text
+
+    def choose_gpu_transport(self, device: int) -> str:
+        """`gpu_transport`, chosen now, for memory of the GPU that has this number here; collective.
+
+        Raises `gpu.driver.GpuError` where there is no driver.
+        """
+        self._sharing.decide(device, "choose_gpu_transport")
+        return self._sharing.text
 
     def _quicken(self) -> None:
         """Put compiled methods before the Python methods of the same names."""
@@ -275,16 +360,26 @@ class Communicator(MPI.Intracomm):
                 known = self._known[name.lower()] = KnownMethod(name, slow, self._count)
                 setattr(self, name, known.call)
 
+    def _run_once(self, prepare: Callable[..., Call], *args: Any) -> None:
+        """A blocking call that will hardly come again like this: nothing is remembered of it."""
+        call = prepare(self._maker, *args)
+        call.run(self._next_tag(call))
+        self._maker.release(call)
+
     def _next_tag(self, call: Call) -> int:
         """A tag for a call; those that need none must not count, for some are compiled and cannot."""
         if not call.plan.tagged:
             return 0
         tag = self._count.next_tag(call.what)
-        self._watch.begin(self._count.number, call.what)
+        self._begin(call.what)
         return tag
 
+    def _foresee(self, what: What) -> None:
+        """The call that will be numbered next is under way already."""
+        self._watch.begin((self._count.number + 1) % ONE_SHOT_TAGS, what)
+
     def _begin(self, what: What) -> None:
-        """A call has begun that compiled code has numbered."""
+        """The call that has been numbered last has begun."""
         self._watch.begin(self._count.number, what)
 
     def _know(self, name: str, call: Call, args: tuple[Any, ...], named: Mapping[str, Any]) -> bool:
@@ -316,26 +411,40 @@ class Communicator(MPI.Intracomm):
         """A communicator that MPI made from this one, as a `Communicator` that owns it."""
         if comm == MPI.COMM_NULL or not isinstance(comm, MPI.Intracomm):
             return comm
-        child = type(self)(comm, self._algorithm, self._transport, self._timeout)
+        child = type(self)(comm, self._algorithm, self._transport, self._timeout, self._gpu_transport)
         child._owned = True
         return child
 
     def Free(self) -> None:
         """Free what was added to the communicator, and a communicator from `Split` or `Dup` itself, too.
 
-        The communicator that was passed to the constructor stays its owner's.
+        The communicator that was passed to the constructor stays its owner's. Collective, but waits for
+        nobody once a collective has failed.
         """
         failure = self._watch.failure
-        if self._channel is not None and failure is None:
-            self._channel.close()
-        if self._hierarchy is not None and failure is None:
-            self._hierarchy.free()
+        if failure is None:
+            self._give_back()
+        # After a failure, the number of ours stays taken: what the last call has sent may still be on its
+        # way, and MPI would give it to the next communicator of that number.
         self._watch.close()
         if failure is not None and failure.dead:
             return  # MPI would wait for ranks that do not come any more
-        self._private.Free()
+        if failure is None:
+            self._private.Free()
         if self._owned:
             super().Free()
+
+    def _give_back(self) -> None:
+        """What was added, other than MPI's communicator; no rank is in another call."""
+        self._sharing.close()
+        if self._channel is not None:
+            self._channel.close()
+        elif self.size > 1:
+            call = self._messages.barrier()
+            call.what = what("free", call.what.algorithm, None, None, "", None)
+            call.run(self._next_tag(call))
+        if self._hierarchy is not None:
+            self._hierarchy.free()
 
     def shrink(self) -> Communicator:
         """A communicator of the ranks that are left, in the same order; collective over them.
@@ -367,6 +476,10 @@ class Communicator(MPI.Intracomm):
             return self._adopt(comm)  # type: ignore[no-any-return]
         except (MPI.Exception, RankFailedError):
             return None
+        except Exception:
+            if is_of_an_end(comm):
+                return None
+            raise
 
     def __enter__(self) -> Communicator:
         return self
@@ -374,13 +487,35 @@ class Communicator(MPI.Intracomm):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        channel = self._hierarchy.channel if self._hierarchy is not None else self._channel
-        if error is not None and channel is not None:
-            # The other ranks of the node may be waiting for this one: they learn what it met.
-            channel.give_up(f"{type(error).__name__}: {error}")
         if error is not None:
-            self._watch.give_up(error)
+            self.give_up(error)
         self.Free()
+
+    def give_up(self, error: BaseException) -> None:
+        """Take part no more: the others, which may be waiting for this rank, get what ``error`` says."""
+        channel = self._hierarchy.channel if self._hierarchy is not None else self._channel
+        if channel is not None:
+            channel.give_up(f"{type(error).__name__}: {error}")
+        self._watch.give_up(error)
+
+    @property
+    def timeout(self) -> float:
+        """Seconds without progress after which a collective is a `DeadlineError`; may be set at any time."""
+        return self._watch.timeout
+
+    @timeout.setter
+    def timeout(self, seconds: float) -> None:
+        self._watch.timeout = checked_timeout(seconds, "timeout")
+
+    def complete(
+        self, request: MPI.Request, call: str, others: Collection[int], status: MPI.Status | None = None
+    ) -> None:
+        """Wait for a request of MPI's own on this communicator, but not for ever.
+
+        ``call`` says in words what it is, ``others`` which ranks it takes. Raises what collectives raise: an
+        error that names ranks that have ended, or where all are after `timeout`.
+        """
+        self._watch.complete(request, call, others, status)
 
     def alloc(self, shape: int | Sequence[int], dtype: npt.DTypeLike = np.float64) -> np.ndarray[Any, Any]:
         """An array of zeros in memory that the other ranks of the node reach: collectives on it copy nothing.
@@ -399,6 +534,7 @@ class Communicator(MPI.Intracomm):
         overlap. What was prepared for a list serves again while the arrays stay where they are. Raises
         TypeError and ValueError that name the array.
         """
+        arrays = arrays if isinstance(arrays, (list, tuple)) else list(arrays)  # it is gone through twice
         many = self._many.find(arrays, op, algorithm)
         if many is None:
             for array in arrays:
@@ -410,7 +546,7 @@ class Communicator(MPI.Intracomm):
         """What makes calls that follow each other, beside all other calls of this one; collective."""
         source = self._channel or self._hierarchy
         with self._watch.understanding():
-            channel = source.twin() if source is not None else None
+            channel = source.twin("the preparation of many calls") if source is not None else None
         return Series(self._maker, channel, self._take_persistent_tag())
 
     def _take_persistent_tag(self) -> int:
@@ -464,15 +600,37 @@ class Communicator(MPI.Intracomm):
     Alltoallv = _blocking(CallMaker.alltoallv, MPI.Intracomm.Alltoallv)
     Barrier = _blocking(CallMaker.barrier, MPI.Intracomm.Barrier)
 
-    # Those that send Python objects are MPI's and mpi4py's own.
-    allreduce = _understood(MPI.Intracomm.allreduce)
-    reduce = _understood(MPI.Intracomm.reduce)
-    bcast = _understood(MPI.Intracomm.bcast)
-    gather = _understood(MPI.Intracomm.gather)
-    scatter = _understood(MPI.Intracomm.scatter)
-    allgather = _understood(MPI.Intracomm.allgather)
-    alltoall = _understood(MPI.Intracomm.alltoall)
-    barrier = _understood(MPI.Intracomm.barrier)
+    def bcast(self, obj: Any = None, root: int = 0) -> Any:
+        """Rank ``root``'s object, on all ranks."""
+        return self._objects.bcast(obj, root)
+
+    def gather(self, sendobj: Any, root: int = 0) -> list[Any] | None:
+        """All ranks' objects, on rank ``root``; None on the others."""
+        return self._objects.gather(sendobj, root)
+
+    def scatter(self, sendobj: Sequence[Any] | None, root: int = 0) -> Any:
+        """Of rank ``root``'s sequence the object with this rank's number."""
+        return self._objects.scatter(sendobj, root)
+
+    def allgather(self, sendobj: Any) -> list[Any]:
+        """All ranks' objects, on all ranks."""
+        return self._objects.allgather(sendobj)
+
+    def alltoall(self, sendobj: Sequence[Any]) -> list[Any]:
+        """From each rank the object that has this rank's number in its sequence."""
+        return self._objects.alltoall(sendobj)
+
+    def reduce(self, sendobj: Any, op: Any = MPI.SUM, root: int = 0) -> Any:
+        """All ranks' objects folded in the order of ranks, on rank ``root``; ``op`` takes two."""
+        return self._objects.reduce(sendobj, op, root)
+
+    def allreduce(self, sendobj: Any, op: Any = MPI.SUM) -> Any:
+        """All ranks' objects folded in the order of ranks, on all ranks; ``op`` takes two."""
+        return self._objects.allreduce(sendobj, op)
+
+    def barrier(self) -> None:
+        """As `Barrier`."""
+        self.Barrier()
 
     Iallreduce = _nonblocking(CallMaker.allreduce, MPI.Intracomm.Iallreduce)
     Ireduce = _nonblocking(CallMaker.reduce, MPI.Intracomm.Ireduce)

@@ -44,6 +44,7 @@ from mpicoll.fastcalls import (
     _result,
     _size,
 )
+from mpicoll.gpu.plans import GpuPlan
 from mpicoll.kernels.memory import call, call_long, int64s
 from mpicoll.kernels.tasks import DONE, Task
 from mpicoll.requests import Call
@@ -208,7 +209,7 @@ class KnownMethod:
         places, rest = _places(call, buffers), _rest((*args[nbuffers:], *named.values()))
         if places is None or rest is None or number == MAX_CALLS or call.before or call.after:
             return False
-        if isinstance(call.plan, SharedPlan):
+        if isinstance(call.plan, (SharedPlan, GpuPlan)):
             return False
         if int(self._state[COLLECTIVE]) > REDUCE_SCATTER:
             rest = (None, rest[1])

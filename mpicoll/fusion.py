@@ -13,6 +13,9 @@ Where gradients are allocated here they are views of buckets in memory that the 
 nothing is packed: the best copy is no copy. Gradients that lie elsewhere are reduced where they are if they
 are large, and packed if they are small.
 
+Gradients on a GPU are packed, reduced and unpacked there, beside the kernels of the backward pass: see
+`gpu.fusion`.
+
 Every rank starts the buckets in the same order, so a rank whose gradients come in another order waits with
 some (`late` names them). After the first step the buckets are made anew, in the order that rank 0 has seen.
 
@@ -37,16 +40,32 @@ import numpy as np
 import numpy.typing as npt
 from mpi4py import MPI
 
-from mpicoll import tuning
 from mpicoll.calls import AVG
 from mpicoll.communicator import Communicator
 from mpicoll.compression import Bundle, Codec, Compression, Exchange
+from mpicoll.gpu.fusion import GpuArray, OnGpu
 from mpicoll.gradients import Gradient, Settings, check, check_agreement, on_all_ranks, parse
-from mpicoll.grouped import Array, Flags, Group, Piece, address, follows, new_bucket, pieces, reduction_tasks
+from mpicoll.grouped import (
+    HOST,
+    AnyArray,
+    Array,
+    Flags,
+    Group,
+    Piece,
+    Place,
+    address,
+    follows,
+    new_bucket,
+    pieces,
+    reduction_tasks,
+)
 from mpicoll.kernels.packing import Packing, nonfinite_task, slots
-from mpicoll.kernels.reduce import scale_task
+from mpicoll.kernels.reduce import rounds_often
 from mpicoll.kernels.tasks import Task
 from mpicoll.progress import PythonTask, TaskQueue
+from mpicoll.requests import Series
+from mpicoll.trace.recorder import recorded
+from mpicoll.tune.online import NOT_YET, Trials
 
 FIRST_BUCKET = 1 << 20  # bytes of the first bucket, at most: communication begins early
 TRIED_BUCKETS = [1 << 18, 1 << 20, 1 << 22, 1 << 24]  # bytes
@@ -87,37 +106,44 @@ def assign(
     return [Bucket(tuple(sorted(bucket)), dtypes[bucket[0]]) for bucket in buckets]
 
 
-def tune_bucket_bytes(comm: Communicator) -> int:
+def tune_bucket_bytes(comm: Communicator, place: Place = HOST) -> int:
     """Bytes of the smallest bucket that is reduced about as quickly, byte for byte, as larger ones;
     collective.
 
     Measured, in a tenth of a second or so: the median of a few allreduces of each size, of the slowest rank.
     """
     costs = []
+    whole = place.bucket(max(TRIED_BUCKETS) // 4, np.float32)
     for nbytes in TRIED_BUCKETS:
-        data = new_bucket(nbytes // 4, np.float32)
+        data = whole[: nbytes // 4]
         times = []
         for _ in range(TRIALS):
             comm.Barrier()
             start = perf_counter()
             comm.Allreduce(MPI.IN_PLACE, data)
+            place.finish()
             times.append(perf_counter() - start)
         costs.append(comm.allreduce(median(times), MPI.MAX) / nbytes)
+    place.forget()
     return next(n for n, cost in zip(TRIED_BUCKETS, costs, strict=True) if cost <= ENOUGH * min(costs))
 
 
 class GradientSync:
     """Sums or averages gradients over the ranks of ``comm``, in buckets, beside the backward pass.
 
-    ``gradients``: contiguous arrays that are reduced in place (NumPy, PyTorch on the CPU, whatever has a
-    buffer), or shapes, for which arrays of ``dtype`` are allocated: use them as ``sync.gradients``. A mapping
-    gives names, too; so does ``names``. Making one is collective; where ranks disagree all get a ValueError
-    that names the gradient.
+    ``gradients``: contiguous arrays that are reduced in place (NumPy, PyTorch, whatever has a buffer; or all
+    on one GPU: CuPy, PyTorch, Numba), or shapes, for which arrays of ``dtype`` are allocated on the host: use
+    them as ``sync.gradients``. A mapping gives names, too; so does ``names``. Making one is collective; where
+    ranks disagree all get a ValueError that names the gradient.
+
+    For a gradient on a GPU, `ready` says that what completes it has been put on the stream on which its
+    library works at that moment. After `wait` all these streams go on when the gradients are reduced; the
+    program itself waits for the GPU only if ``nonfinite`` lets it look.
 
     - ``average``: the mean over ranks (for floats), else the sum; times ``scale``.
     - ``wire_dtype``: the dtype that gradients travel in, such as "bfloat16"; 16-bit sums are accumulated in
       float32.
-    - ``compression``: one of `mpicoll.compression`, for float32.
+    - ``compression``: one of `mpicoll.compression`, for float32 on the host.
     - ``bucket_bytes``: the size of a bucket; measured if not given.
     - ``order``: the numbers of the gradients as they become ready; by default the last is the first.
     - ``nonfinite``: what a NaN or infinity does: "pass" (nobody looks), "raise" (FloatingPointError on all
@@ -126,9 +152,12 @@ class GradientSync:
       or "zero" (it counts as zeros).
     - ``overlap``: whether a thread communicates beside the program; else `wait` does all. By default it does
       between nodes, and on one node if there are two cores for each rank: in shared memory communication is
-      work for a core, which a program that computes on it cannot spare. Set it where a device computes.
-      Where gradients travel in messages it takes MPI_THREAD_MULTIPLE.
+      work for a core, which a program that computes on it cannot spare. Set it where a device computes; for
+      gradients on a GPU it is set. Where gradients travel in messages, or are on a GPU, it takes
+      MPI_THREAD_MULTIPLE.
     - ``algorithm``: of the allreduce, as for ``comm.Allreduce``.
+    - ``tune``: whether the first steps try algorithms, and each bucket keeps the best, where gradients travel
+      in messages: see `mpicoll.tune.online`. ``sync.tuning`` says what came of it, or why there is no choice.
 
     After an error of the communication (a rank that has ended, see `mpicoll.faults`) make a new one.
     """
@@ -150,6 +179,7 @@ class GradientSync:
         unused: str = "raise",
         overlap: bool | None = None,
         algorithm: str | None = None,
+        tune: bool = False,
     ) -> None:
         with on_all_ranks(comm):
             self._settings = Settings.of(
@@ -162,6 +192,7 @@ class GradientSync:
                 nonfinite=nonfinite,
                 unused=unused,
                 algorithm=algorithm,
+                tune=tune,
             )
             parsed = parse(gradients, names, np.dtype(dtype))
             check(parsed, self._settings)
@@ -171,13 +202,20 @@ class GradientSync:
         self._factor = self._settings.scale / comm.size if average else self._settings.scale
         self._synchronises = True
         self._series = self._comm.series()
-        overlaps = self._series.has_spare_cores if overlap is None else overlap
-        self._overlap = overlaps and comm.size > 1
-        self._lay_out(parsed)
+        given = [gradient.array for gradient in parsed if gradient.array is not None]
+        on_gpu = [array for array in given if isinstance(array, GpuArray)]
+        self._place: Place = OnGpu(on_gpu, [f"gradient {g.name!r}" for g in parsed]) if on_gpu else HOST
+        spare = self._place.has_spare_cores or self._series.has_spare_cores
+        self._overlap = (spare if overlap is None else overlap) and comm.size > 1
+        recorder = recorded(self._comm)
+        self._stamped = recorder.stamped() if recorder is not None else _as_they_are
+        self._lay_out(parsed, given)
+        if recorder is not None:
+            recorder.watch(self, "wait", "gradients: wait")
 
     # -- setting up
 
-    def _lay_out(self, parsed: Sequence[Gradient]) -> None:
+    def _lay_out(self, parsed: Sequence[Gradient], given: Sequence[AnyArray]) -> None:
         """Find or make the arrays, and all that reduces them."""
         self.names = [gradient.name for gradient in parsed]
         self._numbers = {name: i for i, name in enumerate(self.names)}
@@ -187,9 +225,9 @@ class GradientSync:
         self._limit = self._bucket_limit()
         self.buckets = self._assign(self._order)
         self._allocated: dict[Bucket, Array] = {}
-        given = [gradient.array for gradient in parsed if gradient.array is not None]
-        self.gradients = given or self._allocate(parsed)
-        pairs = zip(self.gradients[1:], self.gradients, strict=False)
+        self._arrays: Sequence[AnyArray] = given or self._allocate(parsed)
+        self.gradients: list[Any] = [a.owner if isinstance(a, GpuArray) else a for a in self._arrays]
+        pairs = zip(self._arrays[1:], self._arrays, strict=False)
         joined = np.array([False, *(follows(array, previous) for array, previous in pairs)])
         self._comm.Allreduce(MPI.IN_PLACE, joined, MPI.LAND)
         self._joined = joined.tolist()
@@ -197,12 +235,19 @@ class GradientSync:
         self._observed: list[int] | None = [] if learns and len(self.buckets) > 1 else None
         self.late: list[str] = []  # gradients that held complete buckets up in the last step
         self._late: list[str] = []
+        reason = self._without_choice()
+        self.tuning = "" if not self._settings.tune else f"none: {reason}" if reason else NOT_YET
+        self._trials: Trials | None = None
+        if self._observed is None:
+            self._begin_trials()
         self._make_tasks()
 
     def _bucket_limit(self) -> int:
         if self._settings.bucket_bytes is not None:
             return self._settings.bucket_bytes
-        return tune_bucket_bytes(self._comm) if sum(self._nbytes) > FIRST_BUCKET else FIRST_BUCKET
+        if sum(self._nbytes) <= FIRST_BUCKET:
+            return FIRST_BUCKET
+        return tune_bucket_bytes(self._comm, self._place)
 
     def _assign(self, order: Sequence[int]) -> list[Bucket]:
         return assign(self._nbytes, self._dtypes, order, (min(self._limit, FIRST_BUCKET), self._limit))
@@ -222,47 +267,58 @@ class GradientSync:
     def _make_tasks(self) -> None:
         n = len(self.names)
         self._problems, self._agreed = (new_bucket(3 * n, np.int32).reshape(3, n) for _ in range(2))
+        looks = self._settings.nonfinite != "pass"
+        found = self._problems[NONFINITE_BEFORE:].reshape(-1)
+        flags_at = self._place.flags(found) if looks else found
         self._flag_of = [0] * n  # where in a row of these a gradient's flag is
         self.codecs: list[Codec] = []
         tasks: list[Task] = []
         ends = []
         flagged = 0
-        for bucket in self.buckets:
-            own = slice(flagged, flagged + len(bucket.members))
-            flags = Flags(self._problems[NONFINITE_BEFORE, own], self._problems[NONFINITE_AFTER, own])
-            made, members = self._bucket_tasks(bucket, None if self._settings.nonfinite == "pass" else flags)
+        for b, bucket in enumerate(self.buckets):
+            end = flagged + len(bucket.members)
+            flags = Flags(flags_at[flagged:end], flags_at[n + flagged : n + end])
+            algorithm = self._settings.algorithm if self._trials is None else self._trials.algorithm(b)
+            made, members = self._bucket_tasks(bucket, flags if looks else None, algorithm)
+            if self._trials is not None:
+                made = self._trials.timed(b, made, self._series)
             for position, member in enumerate(members):
                 self._flag_of[member] = flagged + position
             flagged += len(members)
-            tasks += made
+            tasks += self._stamped([*self._place.input_task(b), *made], self._series)
             ends.append(len(tasks))
         self._ends = ends
-        tasks += self._series.tasks("allreduce", self._problems, self._agreed, MPI.MAX)
+        if looks:
+            tasks += self._place.collect_task(found)
+        agreement = self._series.tasks("allreduce", self._problems, self._agreed, MPI.MAX)
+        tasks += self._stamped(agreement, self._series)
         self._bucket_of = {i: b for b, bucket in enumerate(self.buckets) for i in bucket.members}
         threaded = self._overlap and self._series.may_have_a_thread()
-        keep = (list(self._series.calls), self.gradients, self._problems, self._agreed)
+        keep = (list(self._series.calls), self._arrays, self._problems, self._agreed)
         self._queue = TaskQueue(tasks, keep, threaded, self._series.give_up)
         self._begin_step()
 
-    def _bucket_tasks(self, bucket: Bucket, flags: Flags | None) -> tuple[list[Task], tuple[int, ...]]:
+    def _bucket_tasks(
+        self, bucket: Bucket, flags: Flags | None, algorithm: str | None
+    ) -> tuple[list[Task], tuple[int, ...]]:
         """What reduces a bucket, and its members in the order of ``flags``."""
         if bucket in self._allocated:
             parts = [Piece(bucket.members, self._allocated[bucket])]
         else:
-            parts = pieces(self.gradients, bucket.members, self._joined)
+            parts = pieces(self._arrays, bucket.members, self._joined, self._place)
         if self._settings.compression is not None:
             return self._compressed(self._settings.compression, bucket, parts, flags), bucket.members
-        least = tuning.loose_from(self._series.channel is not None)
-        group = Group(self.gradients, parts, self._settings.wire_dtype or bucket.dtype, least)
-        return group.tasks(self._reduction, flags), group.members
+        least = self._place.least(self._series.channel is not None)
+        group = Group(self._arrays, parts, self._settings.wire_dtype or bucket.dtype, least, self._place)
+        return group.tasks(partial(self._reduction, algorithm=algorithm), flags), group.members
 
-    def _reduction(self, array: Array) -> list[Task]:
+    def _reduction(self, array: AnyArray, algorithm: str | None) -> list[Task]:
         """The reduction of a flat array, in place."""
         if self._comm.size == 1:
-            return [] if self._factor == 1 else [scale_task(array, self._factor)]
+            return [] if self._factor == 1 else [self._place.scale_task(array, self._factor)]
         if self._factor == 1 and not self._settings.average:
-            return reduction_tasks(self._series, array, MPI.SUM, None, self._settings.algorithm)
-        return reduction_tasks(self._series, array, AVG, self._factor, self._settings.algorithm)
+            return reduction_tasks(self._series, array, MPI.SUM, None, algorithm)
+        return reduction_tasks(self._series, array, AVG, self._factor, algorithm)
 
     def _compressed(
         self, compression: Compression, bucket: Bucket, parts: Sequence[Piece], flags: Flags | None
@@ -317,6 +373,7 @@ class GradientSync:
                 "call wait() after each backward pass, or use no_sync() to accumulate"
             )
         self._ready[i] = True
+        self._place.ready(i)
         if self._observed is not None:
             self._observed.append(i)
         b = self._bucket_of[i]
@@ -343,6 +400,7 @@ class GradientSync:
         if self._head > before + 1:
             self._late.append(self.names[last])  # complete buckets had to wait for it
         # What remains is for `wait`, which comes soon: to hand a little over to a thread costs more than it.
+        self._place.complete(range(before, self._head))
         worth = self._head < len(self.buckets) or self._nbytes_of(self.buckets[-1]) >= FIRST_BUCKET
         self._queue.release(self._ends[self._head - 1], wake=worth)
 
@@ -362,12 +420,17 @@ class GradientSync:
                 self.gradients[i][...] = 0
             else:
                 self._problems[MISSING, self._flag_of[i]] = 1
+            self._place.ready(i)
+        self._place.complete(range(self._head, len(self.buckets)))
         self._queue.finish()
+        self._place.end()
         own = self._problems[:, self._flag_of].tolist() if self._agreed.any() else None
         self.late, self._late = self._late, []
         self._begin_step()
         if self._observed is not None:
             self._learn_order()
+        else:
+            self._try_next()
         return True if own is None else self._judge(own)
 
     @property
@@ -393,12 +456,43 @@ class GradientSync:
         observed, self._observed = self._observed or [], None
         unseen = set(self._order) - set(observed)
         self._order = self._comm.bcast((*observed, *(i for i in self._order if i in unseen)))
-        buckets = self._assign(self._order)
-        if buckets != self.buckets:
-            self.buckets = buckets
-            self._queue.close()
-            self._series.calls.clear()
-            self._make_tasks()
+        before, self.buckets = self.buckets, self._assign(self._order)
+        self._begin_trials()
+        if self.buckets != before or self._trials is not None:
+            self._remake_tasks()
+
+    def _remake_tasks(self) -> None:
+        self._queue.close()
+        self._series.calls.clear()
+        self._place.forget()
+        self._make_tasks()
+
+    def _without_choice(self) -> str:
+        """Why all algorithms come to the same; empty if they do not."""
+        if self._comm.size == 1:
+            return "there is one rank"
+        if self._place is not HOST:
+            return "gradients on a GPU have a transport of their own"
+        if self._settings.compression is not None:
+            return "compressed gradients travel in their own way"
+        if self._series.maker.on_one_node:
+            return "the ranks share memory, in which there is one way"
+        wire = [self._settings.wire_dtype or bucket.dtype for bucket in self.buckets]
+        op = "AVG" if self._settings.average or self._factor != 1 else "SUM"
+        if all(rounds_often(op, dtype, self._comm.size) for dtype in wire):
+            return "16-bit floats are summed in one way"
+        return ""
+
+    def _begin_trials(self) -> None:
+        """Try algorithms from the next step on, if that is wanted and there is a choice."""
+        if self._settings.tune and not self._without_choice():
+            self._trials = Trials(len(self.buckets))
+
+    def _try_next(self) -> None:
+        """After a step: turn to the next algorithm if this one has been tried for long enough."""
+        if self._trials is not None and self._trials.end_step(self._comm):
+            self.tuning = self._trials.outcome
+            self._remake_tasks()
 
     def _judge(self, own: list[list[int]]) -> bool:
         """What comes of problems on any rank; ``own`` are this rank's, each with a flag for each gradient."""
@@ -432,7 +526,9 @@ class GradientSync:
     def close(self) -> None:
         """End the thread, and give up what was allocated beside the gradients. Collective."""
         self._queue.close()
+        self._series.calls.clear()
         self._series.close()
+        self._place.close()
         if self._frees_comm:
             self._comm.Free()
             self._frees_comm = False
@@ -448,6 +544,11 @@ class GradientSync:
         else:  # the other ranks may be waiting for this one: they learn what it met
             self._series.give_up(error)
             self._queue.close()
+
+
+def _as_they_are(tasks: list[Task], series: Series) -> list[Task]:
+    """Tasks whose times nobody records."""
+    return tasks
 
 
 def _gaps_task(data: Array, arrays: Sequence[Array], begins: Sequence[int]) -> list[Task]:

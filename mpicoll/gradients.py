@@ -11,9 +11,11 @@ from typing import Any
 import numpy as np
 from mpi4py import MPI
 
-from mpicoll.buffers import Dtype, host_data
+from mpicoll.buffers import Data, Dtype, data_of
 from mpicoll.compression import Compression
-from mpicoll.grouped import Array, check_apart, check_dtype
+from mpicoll.gpu.fusion import GpuArray, as_gpu_array
+from mpicoll.gpu.memory import NO_DEVICE
+from mpicoll.grouped import AnyArray, check_apart, check_dtype
 from mpicoll.kernels.packing import FLOATS
 
 NONFINITE_WAYS = ("pass", "raise", "skip")
@@ -27,11 +29,19 @@ class Gradient:
     name: str
     shape: tuple[int, ...]
     dtype: Dtype
-    array: Array | None
+    array: AnyArray | None
+
+    @property
+    def on_gpu(self) -> bool:
+        return isinstance(self.array, GpuArray)
 
     def __str__(self) -> str:
-        order = "" if self.array is None or self.array.flags.c_contiguous else " in Fortran's order"
-        return f"{self.dtype}{list(self.shape)}{order}"
+        if isinstance(self.array, GpuArray):
+            fortran = self.array.fortran
+        else:
+            fortran = self.array is not None and not self.array.flags.c_contiguous
+        order, place = " in Fortran's order" if fortran else "", " on a GPU" if self.on_gpu else ""
+        return f"{self.dtype}{list(self.shape)}{order}{place}"
 
 
 @dataclass(frozen=True)
@@ -47,6 +57,7 @@ class Settings:
     nonfinite: str
     unused: str
     algorithm: str | None
+    tune: bool
 
     @classmethod
     def of(cls, **given: Any) -> Settings:
@@ -107,7 +118,8 @@ def _parse_one(name: str, given: Any, dtype: Dtype) -> Gradient:
         if any(n < 0 for n in shape):
             raise ValueError(f"gradient {name!r}: expected dimensions of 0 or more, got {shape}")
         return Gradient(name, shape, dtype, None)
-    array = host_data(given, f"gradient {name!r}", writable=True).array
+    data = data_of(given, f"gradient {name!r}", writable=True)
+    array = data.array if isinstance(data, Data) else as_gpu_array(given, data)
     return Gradient(name, array.shape, array.dtype, array)
 
 
@@ -125,8 +137,11 @@ def check(gradients: Sequence[Gradient], settings: Settings) -> None:
         raise ValueError("wire_dtype: expected none beside compression, which says how gradients travel")
     if settings.wire_dtype is not None and settings.wire_dtype not in FLOATS:
         raise TypeError(f"wire_dtype: expected {_any_of(map(str, FLOATS))}, got {settings.wire_dtype}")
+    if settings.tune and settings.algorithm not in (None, "auto"):
+        raise ValueError(f"tune: expected no algorithm beside it, got {settings.algorithm!r}")
     for gradient in gradients:
         _check_dtype(gradient, settings)
+    _check_place(gradients, settings)
     arrays = [gradient.array for gradient in gradients if gradient.array is not None]
     check_apart(arrays, [f"gradient {gradient.name!r}" for gradient in gradients])
 
@@ -141,6 +156,38 @@ def _check_dtype(gradient: Gradient, settings: Settings) -> None:
             f"gradient {gradient.name!r}: expected {_any_of(map(str, FLOATS))}, got {gradient.dtype}; only "
             "average=False without scale and wire_dtype sums other dtypes"
         )
+
+
+def _check_place(gradients: Sequence[Gradient], settings: Settings) -> None:
+    """All gradients lie on the host, or all on one GPU."""
+    for gradient in gradients:
+        if gradient.on_gpu != gradients[0].on_gpu:
+            raise TypeError(_elsewhere(gradient, gradients[0]))
+    placed = [gradient for gradient in gradients if _device(gradient) != NO_DEVICE]
+    for gradient in placed:
+        if _device(gradient) != _device(placed[0]):
+            raise ValueError(_elsewhere(gradient, placed[0]))
+    if gradients and gradients[0].on_gpu and settings.compression is not None:
+        raise TypeError(
+            f"compression: expected none for gradients on a GPU, got {settings.compression!r}; wire_dtype "
+            "halves what travels there, too"
+        )
+
+
+def _device(gradient: Gradient) -> int:
+    """Of the GPU that it lies on, if it has elements."""
+    return gradient.array.device if isinstance(gradient.array, GpuArray) else NO_DEVICE
+
+
+def _elsewhere(gradient: Gradient, expected: Gradient) -> str:
+    places = [
+        f"GPU {_device(one)}" if _device(one) != NO_DEVICE else "a GPU" if one.on_gpu else "the host"
+        for one in (expected, gradient)
+    ]
+    return (
+        f"gradient {gradient.name!r}: expected memory of {places[0]} as gradient {expected.name!r}, "
+        f"got memory of {places[1]}"
+    )
 
 
 def _any_of(allowed: Any) -> str:

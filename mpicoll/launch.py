@@ -7,6 +7,7 @@ than processors. On a cluster use its own ``mpirun`` or ``srun`` instead. Needs 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import math
 import os
 import shlex
@@ -19,6 +20,8 @@ from pathlib import Path
 OPEN_MPI, MPICH, INTEL = "Open MPI", "MPICH", "Intel MPI"
 
 CGROUPS = Path("/sys/fs/cgroup")
+
+CUDA_EXTRA = "pip install 'mpicoll[openmpi-cuda]'"
 
 # What ``mpirun --version`` of each library says, in the order to look for it.
 SIGNATURES = (("Intel", INTEL), ("HYDRA", MPICH), ("Open MPI", OPEN_MPI))
@@ -63,6 +66,53 @@ def environment(mpirun: str) -> dict[str, str]:
     """
     directory = str(Path(mpirun).parent)
     return {**os.environ, "PATH": directory + os.pathsep + os.environ.get("PATH", os.defpath)}
+
+
+def cuda_settings() -> dict[str, str]:
+    """Environment variables with which the Open MPI of the wheel ``openmpi`` takes GPU memory.
+
+    It can send through UCX, and its own UCX knows no CUDA. The one of the wheel ``libucx-cu13`` does, and
+    stands in for it where the loader finds it first. Raises `LauncherError` where either wheel is missing.
+    """
+    expect_openmpi_wheel(find_mpirun())
+    return {
+        "LD_LIBRARY_PATH": first_in("LD_LIBRARY_PATH", str(cuda_ucx()), os.pathsep),
+        "OMPI_MCA_pml": "ucx",
+        # Otherwise it sends through UCX only where there is an InfiniBand network.
+        "OMPI_MCA_pml_ucx_tls": "any",
+        # What UCX remembers of allocations takes GPU memory whose allocation it has not seen for the host's:
+        # let it ask CUDA each time.
+        "UCX_MEMTYPE_CACHE": "n",
+        # What mpirun hands on to other hosts besides Open MPI's own.
+        "OMPI_MCA_mca_base_env_list": first_in(
+            "OMPI_MCA_mca_base_env_list", "LD_LIBRARY_PATH;UCX_MEMTYPE_CACHE", ";"
+        ),
+    }
+
+
+def expect_openmpi_wheel(mpirun: str) -> None:
+    """`LauncherError` if ``mpirun`` is another one: where its libraries look for UCX is not known then."""
+    library = library_of(mpirun)
+    if library != OPEN_MPI or not (Path(mpirun).parents[1] / "lib/openmpi/libucp.so.0").exists():
+        raise LauncherError(
+            f"a CUDA-aware MPI: expected the Open MPI of the wheel openmpi ({CUDA_EXTRA}), got {library}, "
+            f"{mpirun}; another MPI takes GPU memory if it was built so, which mpicoll info finds out"
+        )
+
+
+def cuda_ucx() -> Path:
+    """The directory of the libraries that one of the wheels ``libucx-cu...`` has brought."""
+    package = importlib.util.find_spec("libucx")
+    for place in (package and package.submodule_search_locations) or ():
+        if (Path(place) / "lib/ucx/libuct_cuda.so.0").exists():
+            return Path(place) / "lib"
+    raise LauncherError(f"a CUDA-aware MPI: no UCX with CUDA in {sys.prefix}: {CUDA_EXTRA}")
+
+
+def first_in(variable: str, entries: str, separator: str) -> str:
+    """The list that is the value of an environment variable, with ``entries`` first, each once."""
+    present = os.environ.get(variable, "").split(separator)
+    return separator.join(dict.fromkeys([*entries.split(separator), *filter(None, present)]))
 
 
 def cgroup_cpus() -> float | None:
@@ -134,16 +184,24 @@ def main() -> None:
     )
     parser.add_argument("-np", type=int, default=2, metavar="N", help="number of ranks (default 2)")
     parser.add_argument("--elastic", action="store_true", help="the job goes on when a rank dies (Open MPI)")
+    parser.add_argument("--cuda-aware", action="store_true", help="MPI takes GPU memory (extra openmpi-cuda)")
     parser.add_argument("program", nargs=argparse.REMAINDER, help="the program and its arguments")
     arguments = parser.parse_args()
     if arguments.np < 1 or not arguments.program:
         parser.error("expected: -np N PROGRAM [ARGUMENT ...], with N at least 1")
+    if arguments.elastic and arguments.cuda_aware:
+        # A job that is given both waits for ever when a rank dies.
+        parser.error(
+            "--elastic, --cuda-aware: expected one of them, got both; Open MPI's ULFM does not work over UCX"
+        )
     try:
+        settings = cuda_settings() if arguments.cuda_aware else {}
         line = command(arguments.np, arguments.program, arguments.elastic)
     except LauncherError as error:
         sys.exit(f"mpicoll.launch: {error}")
-    print("+", shlex.join(line), file=sys.stderr, flush=True)
-    os.execve(line[0], line, environment(line[0]))
+    assignments = [f"{name}={value}" for name, value in settings.items()]
+    print("+", shlex.join([*(["env", *assignments] if settings else []), *line]), file=sys.stderr, flush=True)
+    os.execve(line[0], line, {**environment(line[0]), **settings})
 
 
 if __name__ == "__main__":

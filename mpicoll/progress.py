@@ -50,6 +50,7 @@ STATE_SIZE = 40
 
 THREAD_PATIENCE = 100_000  # nanoseconds that the thread waits for other ranks before it looks who wants what
 PATIENT = 20_000_000  # nanoseconds after which a waiting program handles signals
+NAP = 2e-5  # seconds between two turns of Python's in the thread, in which the program has the GIL
 FAILED = -100  # the result of a Python function that has raised; transports have other numbers
 
 
@@ -122,21 +123,30 @@ def _libc() -> ctypes.CDLL:
     return ctypes.CDLL(None)
 
 
-class PythonTask:
-    """A Python function as a task. It has to wait for the GIL, which others may hold for milliseconds."""
+class _CallsPython:
+    """A task in Python. It has to wait for the GIL, which others may hold for milliseconds."""
 
-    def __init__(self, function: Callable[[], None]) -> None:
-        self._function = function
+    def __init__(self) -> None:
         self._error: BaseException | None = None
-        self._entry = ctypes.CFUNCTYPE(ctypes.c_int64, ctypes.c_int64, ctypes.c_int64)(self._call)
+        own = weakref.ref(self)  # so that what a task uses goes with it, and does not wait for the collector
 
-    def _call(self, state: int, patience: int) -> int:
+        def call(state: int, patience: int) -> int:
+            task = own()
+            assert task is not None
+            return task._call(patience)
+
+        self._entry = ctypes.CFUNCTYPE(ctypes.c_int64, ctypes.c_int64, ctypes.c_int64)(call)
+
+    def _call(self, patience: int) -> int:
         try:
-            self._function()
+            return int(DONE) if self._turn(patience) else int(PENDING)
         except BaseException as error:  # for whoever waits for the tasks
             self._error = error
             return FAILED
-        return int(DONE)
+
+    def _turn(self, patience: int) -> bool:
+        """Go on; whether that was all."""
+        raise NotImplementedError
 
     @property
     def task(self) -> Task:
@@ -147,6 +157,36 @@ class PythonTask:
         """Raise what the function raised."""
         assert self._error is not None
         raise self._error
+
+
+class PythonTask(_CallsPython):
+    """A Python function as a task."""
+
+    def __init__(self, function: Callable[[], None]) -> None:
+        super().__init__()
+        self._function = function
+
+    def _turn(self, patience: int) -> bool:
+        self._function()
+        return True
+
+
+class PythonTurns(_CallsPython):
+    """A Python function as a task that takes several turns: ``advance(patience)`` says which is the last.
+
+    ``check()`` is called while it takes long; see `TaskQueue`.
+    """
+
+    def __init__(self, advance: Callable[[int], bool], check: Callable[[], None]) -> None:
+        super().__init__()
+        self._advance, self.check = advance, check
+
+    def _turn(self, patience: int) -> bool:
+        waits = patience >= PATIENT  # as does the program, which has nothing else to do
+        done = self._advance(patience if waits else 0)
+        if not done and not waits:
+            time.sleep(NAP)
+        return done
 
 
 class TaskQueue:
@@ -212,6 +252,7 @@ class TaskQueue:
         self._stop()
         if self._thread is not None:
             self._thread.join()
+        self._tasks, self._keep = (), None
 
     def _check_whole(self) -> None:
         if self._ended:

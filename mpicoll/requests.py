@@ -8,6 +8,7 @@ one gives it to the progress thread and returns a `Request`; a persistent one ke
 from __future__ import annotations
 
 import queue
+import sys
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from time import monotonic_ns
@@ -18,8 +19,9 @@ from mpi4py import MPI
 
 from mpicoll import fastcalls
 from mpicoll.fastcalls import FastStart
+from mpicoll.gpu.plans import GpuPlan
 from mpicoll.kernels.tasks import Task
-from mpicoll.progress import PythonTask
+from mpicoll.progress import PythonTask, PythonTurns
 from mpicoll.transports.hierarchical import HierarchicalPlan
 from mpicoll.transports.messages import BRIEF, PATIENT, MessagePlan
 from mpicoll.transports.shared import Channel, SharedPlan
@@ -29,7 +31,7 @@ from mpicoll.watch import What
 if TYPE_CHECKING:
     from mpicoll.calls import CallMaker
 
-Plan = MessagePlan | SharedPlan | HierarchicalPlan
+Plan = MessagePlan | SharedPlan | HierarchicalPlan | GpuPlan
 
 SLICE = 20_000  # nanoseconds without progress after which the progress thread turns to the next call
 
@@ -261,6 +263,8 @@ class Series:
         call = getattr(self.maker, collective)(*args, **named)
         if call is None:
             raise TypeError(f"{collective}: expected a predefined operation and dtype")
+        if isinstance(call.plan, GpuPlan):
+            call.plan.move_to(self.channel)
         if self.channel is not None and isinstance(call.plan, (SharedPlan, HierarchicalPlan)):
             call.plan.move_to(self.channel)
         if factor is not None:
@@ -270,6 +274,8 @@ class Series:
         call.bind(self._tag | call.what.mark)
         before, after = ([PythonTask(f).task] if f is not None else [] for f in (call.before, call.after))
         self.calls.append(call)
+        if isinstance(call.plan, GpuPlan):
+            return [*before, PythonTurns(call.plan.advance, call.plan.check).task, *after]
         return [*before, *call.plan.tasks, *after]
 
     def may_have_a_thread(self) -> bool:
@@ -301,15 +307,16 @@ class PersistentCall:
     """A collective that is set up once and started many times: the fastest way.
 
     ``Start`` and then ``Wait``, or ``Test`` until it is true. Communication goes on inside these calls. The
-    memory given at the beginning is read and written at each start.
+    memory given at the beginning is read and written at each start. ``freed`` is told that it is freed.
     """
 
-    def __init__(self, call: Call, tag: int) -> None:
+    def __init__(self, call: Call, tag: int, freed: Callable[[], None]) -> None:
         self._call: Call | None = call
+        self._freed = freed
         self._looked = 0  # when, in nanoseconds, `Test` has last asked where the others are
         self._state = np.zeros(fastcalls.STATE_SIZE, np.int64)
         call.bind(tag)
-        if not (call.before or call.after) and fastcalls.available():
+        if not (call.before or call.after or isinstance(call.plan, GpuPlan)) and fastcalls.available():
             # These shadow the methods below, which do the same and handle whatever goes wrong.
             fast = FastStart(call.plan.tasks[0], self.Start, self.Wait)
             self._state, self.Start, self.Wait = fast.state, fast.start, fast.wait  # type: ignore[method-assign]
@@ -358,11 +365,14 @@ class PersistentCall:
             raise RuntimeError("Free: a start is not complete; call Wait() first")
         if self._call is not None:
             self._call.plan.retire()
+            self._freed()
         self._call = None
         for compiled in ("Start", "Wait"):
             self.__dict__.pop(compiled, None)
 
-    def __del__(self) -> None:
+    def __del__(self, is_finalizing: Callable[[], bool] = sys.is_finalizing) -> None:
+        if is_finalizing():
+            return  # what this module has imported may be gone already
         if self._active and self._call is not None:
             _broken_off.append(self._call)  # the other ranks, or MPI, still use its memory
         else:

@@ -8,6 +8,11 @@ transfer  ``(src, dst, chunk, op)``: rank ``src`` sends its ``chunk`` to rank ``
           (``copy``) or combines it with its own (``reduce``). One transfer describes both ends, so a send
           without its receive cannot be written.
 round     transfers that may all happen at once.
+message   all that one rank sends another in one round by one ``op``: what travels together.
+run       rounds that follow each other and have the same messages, of other chunks. A ring is two runs.
+
+A Rabenseifner round of 65,536 ranks has two billion transfers in 65,536 messages. So a round made of ranges
+of chunks keeps the ranges; the columns of its transfers are made when somebody reads them.
 
 The meaning of a round
 ----------------------
@@ -27,6 +32,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -37,6 +43,7 @@ REDUCE = "reduce"
 CACHE_LINE = 64  # bytes; chunks begin on a line of their own so that two ranks never write to one
 
 IntArray = npt.NDArray[np.int64]
+BoolArray = npt.NDArray[np.bool_]
 Ints = int | Sequence[int] | npt.NDArray[np.integer]
 
 
@@ -47,6 +54,19 @@ class Transfer(NamedTuple):
     dst: int
     chunk: int
     op: str
+
+
+class Messages(NamedTuple):
+    """What travels together, as columns: rank ``src`` sends ``dst`` as many as ``nchunks`` chunks.
+
+    ``src``, ``dst``, ``nchunks``: int64 ``[m]``; ``reduce``: bool ``[m]``. A pair of ranks is in it once, or
+    twice if it both copies and reduces.
+    """
+
+    src: IntArray
+    dst: IntArray
+    nchunks: IntArray
+    reduce: BoolArray
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,7 +80,7 @@ class Round:
     src: IntArray
     dst: IntArray
     chunk: IntArray
-    reduce: npt.NDArray[np.bool_]
+    reduce: BoolArray
 
     @classmethod
     def of(cls, src: Ints, dst: Ints, chunk: Ints, op: str) -> Round:
@@ -75,12 +95,12 @@ class Round:
         """A round in which each ``src`` sends its ``dst`` the ``count`` chunks from ``first`` on.
 
         Chunk numbers wrap around after ``nchunks - 1``; each pair's chunks are listed in ascending order.
+        The columns are made when they are read.
         """
-        src, dst, first, count = np.broadcast_arrays(np.asarray(src, np.int64), dst, first, count)
-        pair = np.repeat(np.arange(len(src)), count)
-        nth = np.arange(len(pair)) - np.repeat(np.cumsum(count) - count, count)
-        chunk = (first[pair] + nth) % nchunks
-        return cls.of(src[pair], dst[pair], chunk[np.lexsort((chunk, pair))], op)
+        given = (np.atleast_1d(np.asarray(column, np.int64)) for column in (src, dst, first, count))
+        senders, receivers, firsts, counts = np.broadcast_arrays(*given)
+        reduce = np.full(len(senders), op == REDUCE)
+        return RangeRound(Ranges(senders, receivers, firsts, counts, reduce, nchunks))
 
     @classmethod
     def from_transfers(cls, transfers: Sequence[Transfer]) -> Round:
@@ -91,6 +111,9 @@ class Round:
     @classmethod
     def union(cls, rounds: Sequence[Round]) -> Round:
         """All transfers of ``rounds`` in one round."""
+        compact = [r.ranges for r in rounds if isinstance(r, RangeRound)]
+        if rounds and len(compact) == len(rounds) and Ranges.joinable(compact):
+            return RangeRound(Ranges.joined(compact))
         names = ("src", "dst", "chunk", "reduce")
         return cls(*(np.concatenate([getattr(r, name) for r in rounds]) for name in names))
 
@@ -109,6 +132,116 @@ class Round:
     def where(self, kept: npt.NDArray[np.bool_]) -> Round:
         """The transfers for which ``kept`` is true."""
         return Round(self.src[kept], self.dst[kept], self.chunk[kept], self.reduce[kept])
+
+    def backwards(self, reduces: bool) -> Round:
+        """Every receiver a sender; all transfers reduce, or all copy."""
+        return Round(self.dst, self.src, self.chunk, np.full(len(self), reduces))
+
+    def messages(self) -> Messages:
+        """The transfers, those that travel together as one."""
+        return _joined(Messages(self.src, self.dst, np.ones(len(self), np.int64), self.reduce))
+
+
+@dataclass(frozen=True, eq=False)
+class Ranges:
+    """Row i: ``src[i]`` sends ``dst[i]`` the ``count[i]`` chunks from ``first[i]`` on, modulo ``nchunks``.
+
+    All columns are int64, but ``reduce``, which is bool.
+    """
+
+    src: IntArray
+    dst: IntArray
+    first: IntArray
+    count: IntArray
+    reduce: BoolArray
+    nchunks: int
+
+    @property
+    def wraps(self) -> bool:
+        """Whether any range begins anew at chunk 0."""
+        return bool((self.first + self.count > self.nchunks).any())
+
+    @staticmethod
+    def joinable(ranges: Sequence[Ranges]) -> bool:
+        """Whether all that wrap around do so at one number of chunks, and no other has more."""
+        most = max(r.nchunks for r in ranges)
+        return all(r.nchunks == most or not r.wraps for r in ranges)
+
+    @classmethod
+    def joined(cls, ranges: Sequence[Ranges]) -> Ranges:
+        """The rows of all, which are `joinable`."""
+        src, dst, first, count = (
+            np.concatenate([getattr(r, name) for r in ranges]) for name in ("src", "dst", "first", "count")
+        )
+        nchunks = max(r.nchunks for r in ranges)
+        return cls(src, dst, first, count, np.concatenate([r.reduce for r in ranges]), nchunks)
+
+    def rows(self, kept: BoolArray) -> Ranges:
+        """The rows for which ``kept`` is true."""
+        src, dst, first, count = self.src[kept], self.dst[kept], self.first[kept], self.count[kept]
+        return Ranges(src, dst, first, count, self.reduce[kept], self.nchunks)
+
+
+class RangeRound(Round):
+    """A round of ranges of chunks; its columns are made when they are first read."""
+
+    ranges: Ranges
+
+    def __init__(self, ranges: Ranges) -> None:
+        object.__setattr__(self, "ranges", ranges)
+
+    def __len__(self) -> int:
+        return int(self.ranges.count.sum())
+
+    @cached_property
+    def _row(self) -> IntArray:
+        """The row of each transfer."""
+        return np.repeat(np.arange(len(self.ranges.src)), self.ranges.count)
+
+    @cached_property
+    def src(self) -> IntArray:
+        return self.ranges.src[self._row]
+
+    @cached_property
+    def dst(self) -> IntArray:
+        return self.ranges.dst[self._row]
+
+    @cached_property
+    def reduce(self) -> BoolArray:
+        return self.ranges.reduce[self._row]
+
+    @cached_property
+    def chunk(self) -> IntArray:
+        row, count = self._row, self.ranges.count
+        nth = np.arange(len(row)) - (np.cumsum(count) - count)[row]
+        chunk: IntArray = (self.ranges.first[row] + nth) % self.ranges.nchunks
+        return chunk[np.lexsort((chunk, row))]
+
+    def involving(self, rank: int) -> Round:
+        """The transfers that ``rank`` sends or receives, in the same order."""
+        return RangeRound(self.ranges.rows((self.ranges.src == rank) | (self.ranges.dst == rank)))
+
+    def backwards(self, reduces: bool) -> Round:
+        """Every receiver a sender; all transfers reduce, or all copy."""
+        reduce = np.full(len(self.ranges.src), reduces)
+        return RangeRound(replace(self.ranges, src=self.ranges.dst, dst=self.ranges.src, reduce=reduce))
+
+    def messages(self) -> Messages:
+        """The transfers, those that travel together as one."""
+        kept = self.ranges.rows(self.ranges.count > 0)
+        return _joined(Messages(kept.src, kept.dst, kept.count, kept.reduce))
+
+
+def _joined(rows: Messages) -> Messages:
+    """Rows of the same ranks and operation as one; in the order of src, dst, operation if there are any."""
+    if len(rows.src) < 2:
+        return rows
+    key = (rows.src * (rows.dst.max() + 1) + rows.dst) * 2 + rows.reduce
+    _, first, message = np.unique(key, return_index=True, return_inverse=True)
+    if len(first) == len(key):
+        return rows
+    nchunks = np.bincount(message, rows.nchunks).astype(np.int64)
+    return Messages(rows.src[first], rows.dst[first], nchunks, rows.reduce[first])
 
 
 @dataclass(frozen=True)
@@ -171,7 +304,9 @@ class Schedule:
     """An algorithm for ``nranks`` ranks: ``nrounds`` rounds, each made when it is asked for.
 
     A 4,096-rank ring has 33 million transfers; nothing but the round in hand is ever in memory.
-    ``root`` is 0 for collectives without one.
+    ``root`` is 0 for collectives without one. ``runs``: the lengths of the runs that the rounds are made of,
+    as far as the algorithm knows; None: each round is one. They only save time: to simulate a schedule,
+    one round of each run is made.
     """
 
     name: str
@@ -181,6 +316,7 @@ class Schedule:
     nrounds: int
     make_round: Callable[[int], Round]
     root: int = 0
+    runs: tuple[int, ...] | None = None
 
     @classmethod
     def from_rounds(
@@ -213,7 +349,17 @@ def in_sequence(name: str, collective: str, phases: Sequence[Schedule]) -> Sched
         phase = int(np.searchsorted(ends, k, side="right"))
         return phases[phase].make_round(k - int(ends[phase]) + phases[phase].nrounds)
 
-    return Schedule(name, collective, first.nranks, first.nchunks, int(ends[-1]), make_round, first.root)
+    runs = tuple(length for phase in phases for length in run_lengths(phase))
+    return Schedule(
+        name, collective, first.nranks, first.nchunks, int(ends[-1]), make_round, first.root, runs
+    )
+
+
+def run_lengths(schedule: Schedule) -> tuple[int, ...]:
+    """The rounds of each run, none of them 0."""
+    if schedule.runs is None:
+        return (1,) * schedule.nrounds
+    return tuple(length for length in schedule.runs if length)
 
 
 def mirrored(schedule: Schedule, collective: str) -> Schedule:
@@ -226,10 +372,10 @@ def mirrored(schedule: Schedule, collective: str) -> Schedule:
     reduces = COLLECTIVES[collective].reduces
 
     def make_round(k: int) -> Round:
-        forward = schedule.make_round(schedule.nrounds - 1 - k)
-        return Round(forward.dst, forward.src, forward.chunk, np.full(len(forward), reduces))
+        return schedule.make_round(schedule.nrounds - 1 - k).backwards(reduces)
 
-    return replace(schedule, collective=collective, make_round=make_round)
+    runs = None if schedule.runs is None else schedule.runs[::-1]
+    return replace(schedule, collective=collective, make_round=make_round, runs=runs)
 
 
 def chunk_start(count: Any, nchunks: Any, chunk: Any, itemsize: Any) -> Any:

@@ -110,6 +110,10 @@ class Service:
         port = self._remote.getsockname()[1]
         return Contact(socket.gethostname(), self._pid, port, _addresses(), self._secret)
 
+    def handle(self, name: str, handler: Handler) -> None:
+        """Answer requests of this name, too."""
+        self._handlers[name] = handler
+
     def _accept(self, listener: socket.socket) -> None:
         while True:
             try:

@@ -1,4 +1,6 @@
-"""Which algorithm, and how finely cut, for which collective, rank count and size.
+"""Which algorithm, and how finely cut, for which collective, rank count and size: the static choice.
+
+What `mpicoll.tune` has measured on a machine goes before it.
 
 The thresholds are where the measured curves of the messages transport cross on one node, unless they say
 that they are of a network; the shape of the table follows from the costs in each algorithm's file: few rounds
@@ -8,6 +10,7 @@ while latency rules, least volume when bandwidth does.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 from mpicoll.transports.program import Pipeline
 from mpicoll.transports.shared import NOT_FAR, Sizes
@@ -18,10 +21,9 @@ MILLISECOND = 1_000_000  # nanoseconds
 SEQUENTIAL = 1 << 30  # stride: one segment goes through all rounds before the next, and stays in cache
 
 # Over a network. Open MPI sends up to 64 KiB over TCP at once, headers included, larger messages after an
-# answer. A dozen of them under way keep both directions busy: 4 MiB took 0.55 of the time of messages of
-# 512 KiB. Yet one or two messages of up to 512 KiB are as good as can be.
-EAGER = Pipeline(segment=60 * KIB, lookahead=12, early=12)
-WHOLE = Pipeline(segment=512 * KIB, lookahead=2, early=2)
+# answer. Some 18 of them under way keep both directions busy: 4 MiB took 0.6 of the time of messages of
+# 512 KiB. A pair of those takes a tenth less time than 1 MiB in these, or twice as long, as it happens.
+EAGER = Pipeline(segment=63 * KIB, lookahead=18, early=18)
 
 FEW = 16  # ranks up to which messages to all others at once beat waiting for one neighbour after another
 
@@ -33,7 +35,7 @@ def choose(collective: str, nranks: int, nbytes: int, network: bool = False) -> 
     """
     if network and nranks == 2 and collective == "allreduce":
         # Both send everything, as in two shots, but at once; to add all of it is cheap beside.
-        return "two_shot" if 512 * KIB < nbytes <= MIB else "recursive_doubling"
+        return "recursive_doubling"
     return _CHOICES[collective](nranks, nbytes)
 
 
@@ -126,17 +128,21 @@ def loose_from(shares_memory: bool) -> int:
     return 64 * KIB if shares_memory else 2 * MIB
 
 
-def pipeline(nranks: int, nbytes: int, network: bool = False) -> Pipeline:
-    """How a program for ``nbytes`` bytes is cut into segments.
+def pipeline(nranks: int, nbytes: int | None, network: bool = False, segment: int | None = None) -> Pipeline:
+    """How a program for ``nbytes`` bytes is cut into segments; None stands for what ranks may not agree on.
+
+    ``segment``: bytes of a segment, where those were measured (`mpicoll.tune`).
 
     Each message costs a handshake, which favours large segments; what was received should still be in the
     second-level cache when it is reduced, which favours small ones. With two ranks handshakes weigh
-    more, until nothing fits into any cache. Over a network, whose latency is to be hidden, several
+    more, until nothing fits into any cache. Over a network, whose latency is to be hidden, many
     segments are under way at once.
     """
     if network:
-        return WHOLE if nranks == 2 and 256 * KIB < nbytes <= MIB else EAGER
-    if nranks == 2 and nbytes <= 16 * MIB:
+        return EAGER if segment is None else replace(EAGER, segment=segment)
+    if segment is not None:
+        return Pipeline(segment, lookahead=1, stride=SEQUENTIAL)
+    if nranks == 2 and (nbytes is None or nbytes <= 16 * MIB):
         return Pipeline(segment=8 * MIB, lookahead=1)
     return Pipeline(segment=256 * KIB, lookahead=1, stride=SEQUENTIAL)
 

@@ -374,6 +374,11 @@ def verify_hierarchical(
     return rows
 
 
+def one_row(schedule: Schedule) -> Row:
+    """Verify a single schedule, wherever it is from."""
+    return _summary(schedule.collective, schedule.name, schedule.nranks, [schedule.root], [schedule])
+
+
 def _row(collective: str, algorithm: str, nranks: int) -> Row:
     roots = _roots(collective, nranks)
     return _summary(collective, algorithm, nranks, roots, _schedules(collective, algorithm, nranks, roots))

@@ -41,7 +41,7 @@ import numpy as np
 from mpi4py import MPI
 
 from mpicoll.faults import FAULTS, DeadlineError, MismatchError, RankFailedError, outlives_ranks
-from mpicoll.service import Contact, EndedError, Handler, NoAnswerError, ask, service_of
+from mpicoll.service import Contact, EndedError, Handler, NoAnswerError, Service, ask, service_of
 
 FIRST_LOOK = 0.25  # seconds without progress; far longer than a healthy step's differences between ranks
 LONGEST_PAUSE = 10.0  # seconds between looks
@@ -55,6 +55,7 @@ TELLING = 0.5  # seconds to spend on telling others
 AT_ONCE = 16  # ranks to ask or tell at the same time
 LONGEST_NAP = 0.001  # seconds between two tests of a request of MPI's own
 RECENT = 64  # calls that are remembered
+BESIDE = "mpicoll-"  # with which the names of threads begin that work for a program which goes on
 NUMBER_BITS = 15  # of a tag: MPI promises tags up to 32767
 
 
@@ -77,6 +78,7 @@ class What:
 
 _METHODS = {"broadcast": "Bcast"}
 BY = " by "
+ON_GPU = "on a GPU"  # where data are, in the words of a call
 
 
 def call_text(collective: str, *arguments: str) -> str:
@@ -93,20 +95,40 @@ def mark_bits() -> int:
 
 @lru_cache(4096)
 def what(
-    collective: str, algorithm: str, dtype: np.dtype[Any] | None, shape: Any, operation: str, root: int | None
+    collective: str,
+    algorithm: str,
+    dtype: np.dtype[Any] | None,
+    shape: Any,
+    operation: str,
+    root: int | None,
+    place: str = "",
 ) -> What:
-    """The call with these arguments, which are the same on all ranks; ``shape`` is in bytes without dtype."""
+    """The call with these arguments, which are the same on all ranks; ``shape`` is in bytes without dtype.
+
+    ``place`` says where data are that are not in the host's memory.
+    """
     size = "" if shape is None else f"{shape} bytes" if dtype is None else f"{dtype}[{shape}]"
+    size = f"{size} {place}" if place else size
     text = call_text(collective, size, operation, "" if root is None else f"root={root}")
+    return _marked(text, algorithm)
+
+
+def _marked(text: str, algorithm: str) -> What:
     fingerprint = crc32(f"{text} {algorithm}".encode()) << NUMBER_BITS
     return What(text, algorithm, fingerprint & mark_bits())
+
+
+@lru_cache(4096)
+def preparing(call: What) -> What:
+    """What makes a persistent call: ``Allreduce_init(float32[100], SUM)``."""
+    return _marked(call.text.replace("(", "_init(", 1), call.algorithm)
 
 
 # -- where this process is
 
 _PACKAGE = Path(__file__).parent
 # What of the package waits for others on behalf of a program, which may well be another part of the package.
-_INTERNAL = tuple(f"{_PACKAGE / part}{os.sep}" for part in ("transports",))
+_INTERNAL = tuple(f"{_PACKAGE / part}{os.sep}" for part in ("transports", "gpu", "torch", "trace"))
 _LIBRARIES = (f"{os.sep}site-packages{os.sep}", f"{os.sep}lib{os.sep}python", "<")
 
 
@@ -176,8 +198,9 @@ ERRORS: dict[str, type[Exception]] = {
 class Doing:
     """What a rank says of itself, or is found to be: ``silence`` says why it says nothing.
 
-    ``call`` is what it waits in, for ``waited`` seconds, ``inside`` the communicator in question or another;
-    ``recent`` its last calls in messages, with their algorithms, by number.
+    ``call`` is what it waits in, for ``waited`` seconds; ``inside``: in the communicator in question, and the
+    program itself, not a thread beside it; ``recent`` its last calls in messages, with their algorithms, by
+    number.
     """
 
     line: str = ""
@@ -265,7 +288,9 @@ def deadlock(doings: Sequence[Doing]) -> Failure | None:
 
 
 class Breakable(Protocol):
-    """What carries calls without numbers."""
+    """What carries calls without numbers, between ``nranks`` ranks that share memory."""
+
+    nranks: int
 
     def shut(self) -> None:
         """Let no further call begin on this rank."""
@@ -289,8 +314,7 @@ class Watch:
         self._failed_in = ("", "", -math.inf)
         self.contacts: list[Contact] = []
         if self.nranks > 1:
-            service = service_of(os.getpid(), _handlers)
-            self.contacts = comm.allgather(service.contact)
+            self.contacts = comm.allgather(service().contact)
             self.ident: str = comm.bcast(os.urandom(8).hex())
             _watches[self.ident] = self
             _report_on_signal()
@@ -310,7 +334,7 @@ class Watch:
     @property
     def on_one_node(self) -> bool:
         """Whether all ranks share memory."""
-        return bool(self._channels)
+        return any(channel.nranks == self.nranks for channel in self._channels)
 
     def begin(self, number: int, call: What) -> None:
         """The call of this number begins. Raises what has broken the communicator."""
@@ -319,8 +343,12 @@ class Watch:
         self._recent[number % RECENT] = (number, call)
 
     def stands(self, number: int, call: What) -> None:
-        """All calls of this number are ``call``: those of a persistent call."""
+        """All calls of this number are ``call``: those of a persistent call, until it `falls`."""
         self._standing[number] = call
+
+    def falls(self, number: int) -> None:
+        """There will be no more calls of this number."""
+        self._standing.pop(number, None)
 
     def text_of(self, tag: int) -> str:
         """The call whose messages have this tag, in words."""
@@ -334,7 +362,10 @@ class Watch:
     def doing(self) -> dict[str, Any]:
         """What this rank says of itself."""
         now = monotonic()
-        waits = sorted((w for w in _all_waits() if w.goes_on(now)), key=lambda w: w.since)
+        beside = {thread.ident for thread in threading.enumerate() if thread.name.startswith(BESIDE)}
+        waits = sorted(
+            (w for w in _all_waits() if w.goes_on(now)), key=lambda w: (w.thread in beside, w.since)
+        )
         here = [wait_ for wait_ in waits if wait_ in self._waits]
         call, line, then = self._failed_in
         call, line, waited = (call, line, 0.0) if now - then < REMEMBERED else ("", "", 0.0)
@@ -345,7 +376,7 @@ class Watch:
             "line": line or line_of(),
             "call": call,
             "waited": waited,
-            "inside": bool(here),
+            "inside": bool(here) and here[0].thread not in beside,
             "recent": {number: call.whole for number, call in (*recent, *self._standing.items())},
             "failure": self.failure and asdict(self.failure),
         }
@@ -447,21 +478,11 @@ class Watch:
                 raise
             raise meant from error
         except Exception as error:
-            # Where a rank has ended, what MPI's collectives hand out may be no data.
-            if self._has_lost():
+            if self._comms and is_of_an_end(self._comms[0]):
                 raise self._lost().error() from error
             raise
-        if self._has_lost():
+        if self._comms and has_lost(self._comms[0]):
             raise self._lost().error()
-
-    def _has_lost(self) -> bool:
-        """Whether MPI knows of ranks that have ended."""
-        if not outlives_ranks() or not self._comms:
-            return False
-        failed = self._comms[0].Get_failed()
-        some = bool(failed.Get_size())
-        failed.Free()
-        return some
 
     def close(self) -> None:
         """Its communicators are about to be freed: nobody is to touch them any more."""
@@ -476,17 +497,20 @@ class Watch:
         """As MPI's ``comm.allgather``, but not for ever: raises what `Waiting.look` does."""
         mine = np.frombuffer(pickle.dumps(thing), np.uint8)
         sizes = np.zeros(comm.Get_size(), np.int64)
-        self._complete(comm, comm.Iallgather(np.array([mine.size]), sizes), call)
+        others = tuple(rank for rank in of(comm)[1] if rank != self.rank)
+        self.complete(comm.Iallgather(np.array([mine.size]), sizes), call, others)
         everything = np.zeros(sizes.sum(), np.uint8)
-        self._complete(comm, comm.Iallgatherv(mine, [everything, sizes]), call)
+        self.complete(comm.Iallgatherv(mine, [everything, sizes]), call, others)
         return [pickle.loads(part.tobytes()) for part in np.split(everything, np.cumsum(sizes)[:-1])]
 
-    def _complete(self, comm: MPI.Intracomm, request: MPI.Request, call: str) -> None:
-        others = tuple(rank for rank in of(comm)[1] if rank != self.rank)
+    def complete(
+        self, request: MPI.Request, call: str, others: Collection[int], status: MPI.Status | None = None
+    ) -> None:
+        """Wait for a request of MPI's own, and so for ranks ``others``; raises what `Waiting.look` does."""
         waiting, pause = Waiting(self, lambda: 0), 0.0
         try:
             with self.understanding():
-                while not request.Test():
+                while not request.Test(status):
                     waiting.look(lambda: call, lambda: others)
                     sleep(pause)
                     pause = min(2 * pause + 1e-6, LONGEST_NAP)
@@ -504,6 +528,27 @@ class Watch:
                 for comm in watch._comms:
                     if comm != MPI.COMM_NULL and not comm.Is_revoked():
                         comm.Revoke()
+
+
+def has_lost(comm: MPI.Intracomm) -> bool:
+    """Whether MPI knows of ranks of ``comm`` that have ended."""
+    if not outlives_ranks():
+        return False
+    failed = comm.Get_failed()
+    some = bool(failed.Get_size())
+    failed.Free()
+    return some
+
+
+def is_of_an_end(comm: MPI.Intracomm) -> bool:
+    """Whether an exception may come of a rank's end: MPI's collectives then may hand out what is no data.
+
+    They may do so a moment before MPI knows of the end.
+    """
+    until = monotonic() + SETTLED
+    while outlives_ranks() and not has_lost(comm) and monotonic() < until:
+        sleep(LONGEST_NAP)
+    return has_lost(comm)
 
 
 def _tell_one(contact: Contact, said: Any) -> None:
@@ -642,6 +687,11 @@ def checked_timeout(given: Any, name: str) -> float:
 
 
 # -- what the service does for others
+
+
+def service() -> Service:
+    """This process's, which the watches use."""
+    return service_of(os.getpid(), _handlers)
 
 
 def _handlers() -> dict[str, Handler]:

@@ -15,6 +15,7 @@ settings.register_profile(
 settings.load_profile("mpicoll")
 
 RECORD = os.environ.get("MPICOLL_TEST_RECORD")
+os.environ["MPICOLL_TUNING"] = "off"  # what somebody has measured on this machine is no part of a test
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:

@@ -1,7 +1,7 @@
 """Run all tests: ``python tests/run.py [--only KIND] [--ranks 1,2] [-- PYTEST_ARGUMENT ...]``.
 
-First the tests that need no MPI or start jobs themselves, then those that need it on 1, 2, 3 and 4 ranks, and
-those marked ``algorithms`` on 5, 7 and 8; then those on several hosts and under Slurm, which this machine
+First the tests that need no MPI or start jobs themselves, then those that need it on 1, 2 and 3 ranks, and
+those marked ``algorithms`` on 4, 5, 7 and 8; then those on several hosts and under Slurm, which this machine
 pretends to be where it allows that. Ends with one line of counts, and with a status other than 0 if anything
 failed or nothing ran. Needs the standard library and mpicoll.launch; run it with the Python that the tests
 are to use.
@@ -27,8 +27,8 @@ from mpicoll import launch
 
 ROOT = Path(__file__).resolve().parent.parent
 RANKS = (1, 2, 3, 4, 5, 7, 8)
-EVERY_TEST_UP_TO = 4  # ranks; above, only what depends on the number of ranks
-LIMIT = 600.0  # seconds for one launch: an end to what the deadlines of single tests do not catch
+EVERY_TEST_UP_TO = 3  # ranks; above, only what depends on the number of ranks
+LIMIT = 900.0  # seconds for one launch: an end to what the deadlines of single tests do not catch
 DYING = 10.0  # seconds that a launcher gets to end its ranks
 SEVERITY = ("skipped", "passed", "failed")  # ranks may differ: the last of their outcomes counts
 
@@ -67,11 +67,18 @@ def mpi_launch(nranks: int, pytest: Sequence[str], extra: Sequence[str]) -> Laun
 def run(job: Launch, limit: float) -> Counter[str]:
     """Run one launch to its end and count its tests' outcomes."""
     print(f"\n=== {job.name}: {shlex.join(job.command)}", flush=True)
-    with tempfile.NamedTemporaryFile("r", prefix="mpicoll-tests-") as record:
-        settings = {"MPICOLL_TEST_RECORD": record.name, "PY_COLORS": str(int(sys.stdout.isatty()))}
+    with tempfile.TemporaryDirectory(prefix="mpicoll-tests-", ignore_cleanup_errors=True) as directory:
+        record = Path(directory, "record")
+        record.touch()
+        settings = {
+            "MPICOLL_TEST_RECORD": str(record),
+            "PY_COLORS": str(int(sys.stdout.isatty())),
+            # A launcher that was killed leaves ompi.PID behind, and Open MPI's next of that number fails.
+            "PRTE_MCA_prte_tmpdir_base": directory,
+        }
         environment = {**launch.environment(job.command[0]), **settings}
         status = run_limited(job.command, environment, limit)
-        counts = Counter(outcomes(record.read()).values())
+        counts = Counter(outcomes(record.read_text()).values())
     nothing_selected = status == 5 and not counts
     if status and not nothing_selected and not counts["failed"]:
         print(f"=== {job.name} ended with status {status}, though no test said that it failed")

@@ -72,7 +72,7 @@ def recursive_halving_reduce_scatter(nranks: int) -> Schedule:
     unfold = Schedule.from_rounds(
         "unfold", "reduce_scatter", nranks, nranks, [Round.of(host, extra, extra, COPY)]
     )
-    phases = [_fold(nranks, nranks), _halving(nranks, bounds), unfold]
+    phases = [fold(nranks, nranks), _halving(nranks, bounds), unfold]
     return in_sequence("recursive_halving", "reduce_scatter", phases)
 
 
@@ -81,12 +81,12 @@ def rabenseifner_allreduce(nranks: int) -> Schedule:
     check_shape(nranks)
     ncore = len(core_ranks(nranks))
     reduce = in_sequence(
-        "reduce", "reduce_scatter", [_fold(nranks, ncore), _halving(nranks, np.arange(ncore + 1))]
+        "reduce", "reduce_scatter", [fold(nranks, ncore), _halving(nranks, np.arange(ncore + 1))]
     )
     return in_sequence("rabenseifner", "allreduce", [reduce, mirrored(reduce, "allgather")])
 
 
-def _fold(nranks: int, nchunks: int) -> Schedule:
+def fold(nranks: int, nchunks: int) -> Schedule:
     """Every extra rank's data is added to its neighbour's in the core: one round, or none."""
     core = core_ranks(nranks)
     host = core[: nranks - len(core)]

@@ -54,7 +54,17 @@ from itertools import pairwise
 import numpy as np
 
 from mpicoll.algorithms import direct
-from mpicoll.schedule import IntArray, Round, Schedule, check_shape, chunk_bounds, in_sequence
+from mpicoll.schedule import (
+    IntArray,
+    RangeRound,
+    Ranges,
+    Round,
+    Schedule,
+    check_shape,
+    chunk_bounds,
+    in_sequence,
+    run_lengths,
+)
 
 NAME = "hierarchical"
 
@@ -139,6 +149,9 @@ class Part:
     def make_round(self, k: int) -> Round:
         """Round ``k`` in the numbers of the whole."""
         few, ranks = self.schedule.make_round(k), np.asarray(self.ranks, np.int64)
+        compact = self._compact(few, ranks)
+        if compact is not None:
+            return compact
         counts = np.array([len(chunks) for chunks in self.chunks])
         taken = np.repeat(np.arange(len(few)), counts[few.chunk])
         nth = np.arange(len(taken)) - np.repeat(
@@ -147,6 +160,31 @@ class Part:
         flat = np.array([chunk for chunks in self.chunks for chunk in chunks], np.int64)
         chunk: IntArray = flat[(np.cumsum(counts) - counts)[few.chunk[taken]] + nth]
         return Round(ranks[few.src[taken]], ranks[few.dst[taken]], chunk, few.reduce[taken])
+
+    def _compact(self, few: Round, ranks: IntArray) -> Round | None:
+        """The round as ranges of chunks, if it can be: of 2,048 nodes single chunks would fill gigabytes."""
+        if self._spans is None:
+            return None
+        first, end = self._spans
+        if isinstance(few, RangeRound):
+            rows = few.ranges.rows(few.ranges.count > 0)
+            if rows.wraps or (first[1:] != end[:-1]).any():
+                return None
+        else:
+            rows = Ranges(few.src, few.dst, few.chunk, np.ones_like(few.chunk), few.reduce, len(first))
+        starts = first[rows.first]
+        counts = end[rows.first + rows.count - 1] - starts
+        nchunks = int(end.max(initial=1))
+        return RangeRound(Ranges(ranks[rows.src], ranks[rows.dst], starts, counts, rows.reduce, nchunks))
+
+    @cached_property
+    def _spans(self) -> tuple[IntArray, IntArray] | None:
+        """Where each chunk's range begins and ends; None unless all are ranges."""
+        if not all(isinstance(chunks, range) for chunks in self.chunks):
+            return None
+        spans = [(chunks.start, chunks.stop) for chunks in self.chunks if isinstance(chunks, range)]
+        first, end = np.array(spans, np.int64).reshape(-1, 2).T
+        return first, end
 
 
 Stage = Sequence[Part]  # at once, each of other ranks
@@ -165,6 +203,7 @@ def _embedded(
             max((part.schedule.nrounds for part in stage), default=0),
             partial(_side_by_side, stage),
             root,
+            _runs(stage),
         )
         for stage in stages
     ]
@@ -173,6 +212,13 @@ def _embedded(
 
 def _side_by_side(stage: Stage, k: int) -> Round:
     return Round.union([part.make_round(k) for part in stage if k < part.schedule.nrounds])
+
+
+def _runs(stage: Stage) -> tuple[int, ...] | None:
+    """The runs that all parts have, if a chunk stands for equally many in every part."""
+    runs = {run_lengths(part.schedule) for part in stage}
+    lengths = {len(chunks) for part in stage for chunks in part.chunks}
+    return runs.pop() if len(runs) == len(lengths) == 1 else None
 
 
 def hierarchical_allreduce(topology: Topology, across: Schedule) -> Schedule:
@@ -240,7 +286,7 @@ def hierarchical_broadcast(topology: Topology, across: Schedule, root: int = 0) 
 def _owned(topology: Topology, m: int, slices: Sequence[Sequence[int]]) -> list[Sequence[int]]:
     """For each rank of node m the chunks of its slice; those that own none have none."""
     of_owner = {team[0]: chunks for team, chunks in zip(topology.teams[m], slices, strict=True)}
-    return [of_owner.get(rank, ()) for rank in topology.nodes[m]]
+    return [of_owner.get(rank, range(0)) for rank in topology.nodes[m]]
 
 
 def _blocks(topology: Topology, without: int | None = None) -> list[list[int]]:
@@ -251,7 +297,10 @@ def _blocks(topology: Topology, without: int | None = None) -> list[list[int]]:
 
 def _across(topology: Topology, across: Schedule, slices: Sequence[Sequence[int]]) -> Stage:
     """The i-th owners do ``across`` with chunks of slice i."""
-    return [Part(across, topology.owners(i), [[chunk] for chunk in part]) for i, part in enumerate(slices)]
+    return [
+        Part(across, topology.owners(i), [range(chunk, chunk + 1) for chunk in part])
+        for i, part in enumerate(slices)
+    ]
 
 
 def _across_teams(topology: Topology, across: Schedule) -> Stage:

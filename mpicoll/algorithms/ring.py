@@ -43,7 +43,7 @@ def ring_reduce_scatter(nranks: int) -> Schedule:
         # Chunk c starts at rank c + 1, so that after p - 1 steps it arrives, complete, at rank c.
         return Round.of(rank, send_to, (rank - 1 - k) % nranks, REDUCE)
 
-    return Schedule("ring", "reduce_scatter", nranks, nranks, nranks - 1, make_round)
+    return Schedule("ring", "reduce_scatter", nranks, nranks, nranks - 1, make_round, runs=(nranks - 1,))
 
 
 def ring_allgather(nranks: int) -> Schedule:
@@ -55,7 +55,7 @@ def ring_allgather(nranks: int) -> Schedule:
     def make_round(k: int) -> Round:
         return Round.of(rank, send_to, (rank - k) % nranks, COPY)
 
-    return Schedule("ring", "allgather", nranks, nranks, nranks - 1, make_round)
+    return Schedule("ring", "allgather", nranks, nranks, nranks - 1, make_round, runs=(nranks - 1,))
 
 
 def ring_allreduce(nranks: int) -> Schedule:

@@ -48,11 +48,14 @@ class Part:
             yield Part(self.x[rows], self.y[rows], self.counts[rows], context)
 
 
-def weighted_loss(loss: Loss, outputs: Array, part: Part) -> tuple[float, Array]:
-    """The part's loss, and its gradient with respect to ``outputs``."""
+def weighted_loss(loss: Loss, outputs: Array, part: Part) -> tuple[Array, Array]:
+    """The part's loss, and its gradient with respect to ``outputs``.
+
+    The loss is a number where the samples are: a GPU's stays there, for the host would have to wait for it.
+    """
     losses, gradient = loss(outputs, part.y)
     gradient *= part.counts[:, None].astype(gradient.dtype)
-    return float(losses @ part.counts), gradient
+    return losses @ part.counts, gradient
 
 
 class Backprop:
@@ -63,9 +66,9 @@ class Backprop:
         self.loss = loss
         self.pieces = pieces
 
-    def gradients(self, part: Part, ready: Callable[[int], None]) -> float:
+    def gradients(self, part: Part, ready: Callable[[int], None]) -> Array:
         """Fill ``model.gradients``; the part's loss. ``ready(i)``: the model's gradient i is complete."""
-        loss = 0.0
+        loss: Array = 0.0
         for number, piece in enumerate(part.pieces(self.pieces), start=1):
             outputs, saved = self.model.forward(piece.x, piece.context)
             piece_loss, dy = weighted_loss(self.loss, outputs, piece)

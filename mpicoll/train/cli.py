@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from io import StringIO
 from time import perf_counter
@@ -15,7 +15,11 @@ from mpi4py import MPI
 
 import mpicoll
 from mpicoll.faults import abort_on_exception
+from mpicoll.trace.chrome import UnwritableError
+from mpicoll.trace.recorder import Recorder, record
+from mpicoll.trace.training import watch_training
 from mpicoll.train.data import Dataset, share
+from mpicoll.train.devices import CPU, choose_device
 from mpicoll.train.elastic import leave
 from mpicoll.train.errors import AloneError, InputError, on_rank_zero
 from mpicoll.train.hashes import parameters_sha256
@@ -49,6 +53,7 @@ from mpicoll.train.report import (
     write_json,
 )
 from mpicoll.train.sampling import parse_class_weights
+from mpicoll.train.strategies.allreduce import Allreduce
 
 USAGE_ERROR = 2  # the exit status of a command that was asked for what it cannot do
 
@@ -103,36 +108,91 @@ def parse(arguments: Sequence[str] | None, aloud: bool = True) -> Options | None
 def train(comm: MPI.Intracomm, options: Options) -> dict[str, Any]:
     """Read, train, report: the result, on every rank that is left. Raises `PreemptedError` if told to end."""
     with Notice() as notice:
+        choose_device(comm, options.device)  # before data are read: one that is not there is soon known
         data = load(comm, options)
+        with _recording(comm, options) as recorder:
+            return _train(comm, options, data, notice, recorder)
+
+
+@contextlib.contextmanager
+def _recording(comm: MPI.Intracomm, options: Options) -> Iterator[Recorder | None]:
+    """What records all that follows, if it is to be recorded."""
+    if options.trace is None:
+        yield None
+        return
+    assert isinstance(comm, mpicoll.Communicator)
+    try:
+        with record(comm, options.trace, alike=(InputError, PreemptedError)) as recorder:
+            yield recorder
+    except UnwritableError as error:
+        raise InputError(str(error)) from error
+
+
+def _train(
+    comm: MPI.Intracomm, options: Options, data: Dataset, notice: Notice, recorder: Recorder | None
+) -> dict[str, Any]:
+    with contextlib.nullcontext() if recorder is None else recorder.phase("setup"):
         trainer = make_trainer(comm, options, data)
         notes = resume(trainer, options.checkpoint) if options.resume and options.checkpoint else []
         keeper: Keeper = Keeper()
         if options.checkpoint:
             keeper = Checkpoints(comm, options.checkpoint, options.checkpoint_every, options.keep)
         progress = make_progress(options, trainer)
-        if comm.rank == 0:
-            for note in notes:
-                click.echo(f"note: {note}", err=True)
-        begin = perf_counter()
-        try:
-            result = trainer.elastically(lambda: _trained(trainer, options, progress, keeper, notice, begin))
-        except AloneError:
-            raise
-        except (InputError, PreemptedError) as error:
-            error.comm = trainer.comm
-            trainer.close()  # which lets go of ranks that wait for this one
-            raise
-        trainer.close()
-        return result
+    if recorder is not None:
+        watch_training(recorder, trainer, keeper)
+    if comm.rank == 0:
+        for note in filter(None, [trainer.device.note, *notes, _no_choice(trainer)]):
+            click.echo(f"note: {note}", err=True)
+    begin = perf_counter()
+    given = progress, keeper, notice, begin, recorder
+    try:
+        result = trainer.elastically(lambda: _trained(trainer, options, *given))
+    except AloneError:
+        _save_alone(recorder, options)
+        raise
+    except (InputError, PreemptedError) as error:
+        error.comm = trainer.comm
+        if trainer.lost:
+            _save_alone(recorder, options)
+        trainer.close()  # which lets go of ranks that wait for this one
+        raise
+    if result["lost"]:
+        _save_alone(recorder, options)
+    trainer.close()
+    return result
+
+
+def _tuning(trainer: Trainer) -> str:
+    """What came of --tune; empty without it."""
+    return trainer.strategy.sync.tuning if isinstance(trainer.strategy, Allreduce) else ""
+
+
+def _no_choice(trainer: Trainer) -> str:
+    """Why --tune tries nothing; empty if it does, or is not given."""
+    tuning = _tuning(trainer)
+    return f"--tune: {tuning}" if tuning.startswith("none") else ""
+
+
+def _save_alone(recorder: Recorder | None, options: Options) -> None:
+    """Keep what this rank has recorded, where not all ranks come to write it together."""
+    if recorder is not None and options.trace is not None:
+        recorder.save_alone(options.trace)
 
 
 def _trained(
-    trainer: Trainer, options: Options, progress: Progress, keeper: Keeper, notice: Notice, begin: float
+    trainer: Trainer,
+    options: Options,
+    progress: Progress,
+    keeper: Keeper,
+    notice: Notice,
+    begin: float,
+    recorder: Recorder | None,
 ) -> dict[str, Any]:
     """Train, and report: the result."""
     history = trainer.train(options.epochs, progress, keeper, options.patience, notice.is_given)
     seconds = perf_counter() - begin
     if trainer.strategy.lost:
+        _save_alone(recorder, options)
         _end_without(trainer, options, history, seconds)
     comm = trainer.comm
     if any(comm.allgather(trainer.stopped)):
@@ -195,6 +255,7 @@ def make_trainer(comm: MPI.Intracomm, options: Options, data: Dataset) -> Traine
         elastic=options.elastic,
         seed=options.seed,
         dtype=PRECISIONS[options.precision],
+        device=options.device,
     )
 
 
@@ -248,7 +309,8 @@ def _strategy_options(options: Options) -> dict[str, Any]:
         return {"algorithm": options.algorithm or "two_shot", **given}
     every: dict[str, dict[str, Any]] = {
         "allreduce": {
-            "algorithm": options.algorithm or "ring",
+            "algorithm": options.algorithm or ("auto" if options.tune or options.device != CPU else "ring"),
+            "tune": options.tune,
             "bucket_bytes": bucket,
             "wire_dtype": WIRE_DTYPES[options.dtype],
             "compression": options.compression,
@@ -292,6 +354,8 @@ def _result(trainer: Trainer, options: Options, history: list[Epoch], seconds: f
     return {
         "strategy": strategy.name,
         "algorithm": _strategy_options(options).get("algorithm"),
+        "tuning": _tuning(trainer),
+        "device": options.device,
         "dtype": options.dtype,
         "compression": options.compression.name if options.compression is not None else "none",
         "mesh": trainer.mesh.sizes,
@@ -328,6 +392,8 @@ def load(comm: MPI.Intracomm, options: Options) -> Dataset:
     def read_on_rank_zero() -> None:
         if options.json:
             check_writable(options.json)
+        if options.trace:
+            check_writable(options.trace, "--trace")
         held.append(_read(options))
 
     on_rank_zero(comm, read_on_rank_zero)

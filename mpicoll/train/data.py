@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 from mpi4py import MPI
 
-from mpicoll.train.arrays import Array, array_module
+from mpicoll.train.arrays import Array, array_module, beside
 from mpicoll.train.errors import InputError
 from mpicoll.train.mapped import Mapped, Rows, blocks, open_mapped
 from mpicoll.train.seeds import random_stream
@@ -108,17 +108,28 @@ class Dataset:
         """What a model has to put out: a score per class, or the values."""
         return self.classes or int(self.train_y.shape[1])
 
-    def train_batch(self, indices: npt.NDArray[np.int64]) -> tuple[Array, Array]:
-        """x and y of the training samples with these numbers [n], where ``y`` is: as they go into a model."""
-        return self._batch(self.train_x, self.train_y, indices)
+    def read(self, indices: npt.NDArray[np.int64]) -> npt.NDArray[Any]:
+        """What a file has for `train_batch`, where samples are mapped; any thread may read it."""
+        x: npt.NDArray[Any] = _taken(self.train_x, indices)
+        return x
+
+    def train_batch(
+        self, indices: npt.NDArray[np.int64], read: npt.NDArray[Any] | None = None
+    ) -> tuple[Array, Array]:
+        """x and y of the training samples with these numbers [n], where ``y`` is: as they go into a model.
+
+        ``read`` is what `read` has given for them, if it has been called.
+        """
+        x = _taken(self.train_x, indices) if read is None else read
+        return self._batch(x, _taken(self.train_y, indices))
 
     def test_batch(self, part: slice) -> tuple[Array, Array]:
         """x and y of a part of the test samples."""
-        return self._batch(self.test_x, self.test_y, part)
+        return self._batch(_taken(self.test_x, part), _taken(self.test_y, part))
 
-    def _batch(self, x: Array, y: Array, which: Any) -> tuple[Array, Array]:
-        x = array_module(y).asarray(_taken(x, which))
-        return (self.transform(x) if self.transform else x), _taken(y, which)
+    def _batch(self, x: Array, y: Array) -> tuple[Array, Array]:
+        x = beside(x, y)
+        return (self.transform(x) if self.transform else x), y
 
     def beside(self, other: Array) -> Dataset:
         """The same data where ``other`` is: in the host's memory or a GPU's.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
@@ -31,6 +32,16 @@ def alone(in_step: bool) -> Iterator[None]:
         yield
     except InputError as error:
         raise error if in_step else AloneError(str(error)) from error
+
+
+def raise_on_all(comm: MPI.Intracomm, problem: str) -> None:
+    """Raise `InputError`, on all ranks, if any has a ``problem``: the text, and who has it. Collective."""
+    problems = comm.allgather((problem, platform.node()))
+    found = [rank for rank, (text, _) in enumerate(problems) if text]
+    if found:
+        text, node = problems[found[0]]
+        others = {0: "", 1: " and 1 other"}.get(len(found) - 1, f" and {len(found) - 1} others")
+        raise InputError(f"{text} (rank {found[0]} on {node}{others})")
 
 
 def on_rank_zero(comm: MPI.Intracomm, function: Callable[[], T]) -> T:

@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 from mpi4py import MPI
 
-from mpicoll.train.arrays import Array, array_module, on_host
+from mpicoll.train.arrays import Array, beside, host_copy
 from mpicoll.train.checkpoint import Snapshot, Writer, newest
 from mpicoll.train.errors import InputError, alone, on_rank_zero
 from mpicoll.train.layers import Placement, Shape
@@ -122,7 +122,7 @@ def capture(trainer: Trainer) -> Snapshot | None:
     total = trainer.loss_so_far()
     with strategy.consensus():
         arrays = assembled(trainer, {"": model.parameters} | strategy.vectors())
-    own = {f"rank{trainer.comm.rank}/{name}": _copied(a) for name, a in strategy.own_arrays().items()}
+    own = {f"rank{trainer.comm.rank}/{name}": host_copy(a) for name, a in strategy.own_arrays().items()}
     everyones = trainer.comm.gather(own) if strategy.in_step else [own]
     if everyones is None or trainer.comm.rank:
         return None
@@ -178,18 +178,13 @@ def assembled(trainer: Trainer, vectors: Mapping[str, Array]) -> dict[str, Tenso
 
 
 def _held(trainer: Trainer, name: str, vector: Array) -> Iterator[Held]:
-    model, prefix = trainer.model, f"{name}/" if name else ""
+    model, prefix, host = trainer.model, f"{name}/" if name else "", host_copy(vector)
     bounds = model.tensors.bounds
     for tensor, placement, shape, (begin, end) in zip(
         model.names, model.placements, model.shapes, bounds, strict=True
     ):
-        if end <= vector.size:
-            yield prefix + tensor, placement, _copied(vector[begin:end]).reshape(shape)
-
-
-def _copied(array: Array) -> Tensor:
-    """A copy that nobody else changes, in the host's memory."""
-    return np.array(on_host(array))
+        if end <= host.size:
+            yield prefix + tensor, placement, host[begin:end].reshape(shape)
 
 
 # From a snapshot to the ranks --------------------------------------------------------------------------
@@ -272,9 +267,9 @@ def _take(
         trainer.comm.Bcast(whole, root=0)
         if name in targets:
             part = whole[places[name.rpartition("/")[2]].index]
-            targets[name][...] = _beside(part, targets[name])
+            targets[name][...] = beside(part, targets[name])
         elif alike and name in own:
-            own[name][...] = _beside(whole, own[name])
+            own[name][...] = beside(whole, own[name])
     go_on(trainer, vectors, facts)
 
 
@@ -282,8 +277,3 @@ def go_on(trainer: Trainer, vectors: dict[str, Array], facts: Mapping[str, Any])
     """Take up the optimizer's ``vectors``, whole ones, and be where the facts say. Collective."""
     trainer.strategy.restore(vectors, facts["optimizer_steps"])
     trainer.go_on(facts)
-
-
-def _beside(array: Tensor, other: Array) -> Array:
-    """``array`` where ``other`` is."""
-    return array_module(other).asarray(array)

@@ -30,17 +30,18 @@ import numpy.typing as npt
 from mpi4py import MPI
 from threadpoolctl import threadpool_limits
 
+from mpicoll.communicator import Communicator
 from mpicoll.faults import RankFailedError
-from mpicoll.grouped import new_bucket
 from mpicoll.launch import usable_cpus
 from mpicoll.schedule import chunk_bounds
-from mpicoll.train.arrays import Array, array_module
+from mpicoll.train.arrays import Array, array_module, on_host, synchronise
 from mpicoll.train.augmentation import Augmentation
 from mpicoll.train.backprop import Backprop, Part
 from mpicoll.train.balance import Balance
 from mpicoll.train.data import Dataset, check_labels
+from mpicoll.train.devices import CPU, choose_device
 from mpicoll.train.elastic import Lost, State, Tally, check_elastic, recover, whole_state
-from mpicoll.train.errors import InputError, alone
+from mpicoll.train.errors import InputError, alone, raise_on_all
 from mpicoll.train.keeping import Keeper, go_on
 from mpicoll.train.layers import BatchNorm, Context, Layer
 from mpicoll.train.losses import Loss, mean_squared_error, softmax_cross_entropy
@@ -98,6 +99,20 @@ class Batch:
     parts: Sequence[tuple[int, Part]]  # with their numbers
 
 
+@dataclass(frozen=True)
+class Draft:
+    """A batch before its samples are taken: which they are, and which of them are this rank's.
+
+    ``rows``: by a part's number, what lies where in the batch; ``read``: what files have for it, if they do.
+    """
+
+    step: int
+    epoch: int
+    samples: npt.NDArray[np.int64]
+    rows: Mapping[int, slice]
+    read: Mapping[int, Array]
+
+
 Stops = Callable[[], bool]
 
 
@@ -136,7 +151,10 @@ class Trainer:
     - ``augmentation``: see `mpicoll.train.augmentation`.
     - ``elastic``: when ranks die, the others go on; see `mpicoll.train.elastic`. For ranks with whole models,
       the strategies allreduce and sharded, and an MPI in which a job outlives a rank.
-    - ``dtype``: of parameters and gradients. ``allocate``: as for `Sequential`.
+    - ``dtype``: of parameters and gradients.
+    - ``device``: "cpu", or "cuda" for one of the node's GPUs, with CuPy; see `mpicoll.train.devices`. Not for
+      ``shards``, ``elastic`` and compression.
+    - ``allocate``: as for `Sequential`; by default vectors are where ``device`` says.
 
     Raises `InputError`, on all ranks, for what does not go together.
     """
@@ -164,12 +182,18 @@ class Trainer:
         elastic: bool = False,
         seed: int = 0,
         dtype: npt.DTypeLike = np.float32,
-        allocate: Callable[[int, npt.DTypeLike], Array] = new_bucket,
+        device: str = CPU,
+        allocate: Callable[[int, npt.DTypeLike], Array] | None = None,
     ):
         self.batch_size, self.seed, self.shards, self.elastic = batch_size, seed, shards, elastic
         check_labels(data)
         _check_shards(comm, shards)
+        _check_device(device, shards, elastic, options or {})
+        self.device = choose_device(comm, device)
         self._parts = ExitStack()  # what is to be given up
+        if self.device.is_gpu and not isinstance(comm, Communicator):
+            comm = Communicator(comm)  # which knows of GPU memory, as many an MPI does not
+            self._parts.callback(comm.Free)
         parts = make_mesh(comm, mesh or {})
         _check_together(parts, strategy, shards, balance)
         _check_layers(layers, strategy, shards, balance)
@@ -187,7 +211,7 @@ class Trainer:
             schedule,
             balance,
             np.dtype(dtype),
-            allocate,
+            allocate or self.device.zeros,
         )
         self.position = Position()
         self.samples = 0  # of the epoch so far
@@ -210,9 +234,9 @@ class Trainer:
         recipe = self._recipe
         self.comm, self.mesh = mesh.world, mesh
         self._parts.callback(mesh.free)
-        sample = self._sample()
+        sample = self.device.module.asarray(self._sample())
         self.model = build_model(recipe.layers, mesh, sample, self.seed, recipe.dtype, recipe.allocate)
-        self.data = self.data.beside(self.model.parameters)
+        self._move_data()
         try:
             self.strategy = recipe.strategy(mesh.data, self.model, recipe.optimizer, **recipe.options)
         except ValueError as error:
@@ -227,6 +251,16 @@ class Trainer:
         self.balance = Balance(mesh.data) if recipe.balances else None
         self._set_sums(0.0)
 
+    def _move_data(self) -> None:
+        """To where the model is. Collective."""
+        problem = ""
+        try:
+            self.data = self.data.beside(self.model.parameters)
+        except MemoryError as error:
+            problem = f"device: expected room for the samples of {self.data.name} on the GPU, but: {error}"
+        if self.device.is_gpu:
+            raise_on_all(self.comm, problem)
+
     def _sample(self) -> Array:
         """Inputs like those of a step."""
         numbers = np.arange(min(len(self.data.train_y), self.batch_size))
@@ -234,12 +268,13 @@ class Trainer:
 
     def _set_sums(self, loss: float) -> None:
         """The epoch has had ``samples`` so far, whose losses add up to ``loss``."""
-        self.loss_sums = np.zeros(self.strategy.parts)  # of the epoch so far, each own part's
+        xp = array_module(self.model.parameters)
+        self.loss_sums = xp.zeros(self.strategy.parts)  # of the epoch so far, each own part's
         self.own_samples = 0  # that these are of
-        if 0 in self.strategy.own_parts:
+        is_first = 0 in self.strategy.own_parts
+        if is_first:
             self.loss_sums[0], self.own_samples = loss, self.samples
-        tally = Tally(self.position.step, self.own_samples, float(self.loss_sums.sum()))
-        self.tallies = deque([tally], TALLIES)
+        self.tallies = deque([Tally(self.position.step, self.own_samples, loss * is_first)], TALLIES)
 
     # -- the loop
 
@@ -338,13 +373,13 @@ class Trainer:
     def evaluate(self) -> tuple[float, float | None]:
         """Mean loss and, with classes, accuracy over the whole test set. Collective."""
         parts = self.strategy.parts
-        sums = np.zeros((3, parts))
+        sums = array_module(self.model.parameters).zeros((3, parts))
         bounds = chunk_bounds(len(self.data.test_y), parts).tolist()
         for part in self.strategy.own_test_parts:
             for begin in range(bounds[part], bounds[part + 1], EVALUATED):
                 rows = slice(begin, min(begin + EVALUATED, bounds[part + 1]))
-                sums[:, part] += self._evaluated(rows)
-        loss, right, count = self._total(sums)
+                self._add_evaluation(rows, sums[:, part])
+        loss, right, count = self._total(on_host(sums))
         if not count:
             return math.nan, None
         return loss / count, right / count if self.data.classes else None
@@ -379,7 +414,7 @@ class Trainer:
         """
         if not (self.strategy.in_step or self.strategy.synchronous):
             return float(self.loss_sums.sum()) * self.strategy.parts
-        return self._total(self.loss_sums[None])[0]
+        return self._total(on_host(self.loss_sums)[None])[0]
 
     def seconds_so_far(self) -> float:
         """Those of the epoch, in this run and the ones before it."""
@@ -446,6 +481,7 @@ class Trainer:
                 progress.step(batch.count)
                 # At the end of an epoch its figures come first: the keeper hears of them below.
                 if keeper.is_due(self.position.step) and self.position.batch < self.steps_per_epoch:
+                    synchronise(self.model.parameters)
                     begin = perf_counter()
                     self._check_loss()
                     keeper.keep(self)
@@ -453,6 +489,7 @@ class Trainer:
                 self.stopped = stops is not None and self._agree_to_stop(stops)
                 if self.stopped:
                     return
+        synchronise(self.model.parameters)  # or a GPU's work would be nobody's time
         epoch = self._figures(self.seconds_so_far(), self.strategy.seconds - communicated)
         self.history.append(epoch)
         self.position.epoch += 1
@@ -491,7 +528,7 @@ class Trainer:
 
     def _check_loss(self) -> float:
         """The mean loss of the epoch so far; `InputError`, on all ranks, if it is no number."""
-        train_loss = self._total(self.loss_sums[None])[0] / max(1, self.samples)
+        train_loss = self._total(on_host(self.loss_sums)[None])[0] / max(1, self.samples)
         if not math.isfinite(train_loss):
             raise InputError(
                 f"expected the training loss to be a number, found {train_loss} in epoch "
@@ -511,9 +548,12 @@ class Trainer:
             losses[number] += loss * batch.count
             share += part.context.share
             computed += len(part)
+        if self.balance is not None:
+            synchronise(self.model.gradients)
         seconds = perf_counter() - start
-        # Should this rank be stopped in the step, another one may have finished it.
-        self.tallies.append(Tally(step + 1, self.own_samples + computed, float(losses.sum())))
+        if self.elastic:
+            # Should this rank be stopped in the step, another one may have finished it.
+            self.tallies.append(Tally(step + 1, self.own_samples + computed, float(losses.sum())))
         self.strategy.step(self.rate(step), share)
         self.loss_sums = losses
         self.own_samples += computed
@@ -528,7 +568,11 @@ class Trainer:
             self.balance.record(step, computed, slowest)
 
     def _batches(self) -> Generator[Batch, None, None]:
-        """The rest of the epoch's batches. Made ahead in a thread where making one takes time."""
+        """The rest of the epoch's batches.
+
+        Made ahead in a thread where making one takes time. For a GPU, which makes them by itself, that thread
+        reads files only: it does not know which GPU is meant.
+        """
         position = self.position
         numbers = global_batches(
             len(self.data.train_y),
@@ -538,24 +582,32 @@ class Trainer:
             self.sample_weights,
             position.batch,
         )
-        first = position.step
-        batches = (self._batch(first + i, position.epoch, batch) for i, batch in enumerate(numbers))
+        first, epoch = position.step, position.epoch
+        drafts = (self._draft(first + i, epoch, samples) for i, samples in enumerate(numbers))
+        if array_module(self.model.parameters) is not np:
+            return self._made(prefetched(drafts) if self.data.is_mapped else drafts)
+        batches = self._made(drafts)
         return prefetched(batches) if self.augmentation or self.data.is_mapped else batches
 
-    def _batch(self, step: int, epoch: int, samples: npt.NDArray[np.int64]) -> Batch:
+    def _made(self, drafts: Generator[Draft, None, None]) -> Generator[Batch, None, None]:
+        with closing(drafts):
+            for draft in drafts:
+                yield self._batch(draft)
+
+    def _draft(self, step: int, epoch: int, samples: npt.NDArray[np.int64]) -> Draft:
         count = len(samples)
         bounds = (
             self.balance.bounds(step, count) if self.balance else chunk_bounds(count, self.strategy.parts)
         )
         slices = [slice(begin, end) for begin, end in pairwise(bounds.tolist())]
-        counts = self._counts(samples)
-        return Batch(
-            count,
-            [
-                (number, self._part(step, epoch, samples, counts, slices[number]))
-                for number in self.strategy.own_parts
-            ],
-        )
+        rows = {number: slices[number] for number in self.strategy.own_parts}
+        read = {number: self.data.read(samples[own]) for number, own in rows.items() if self.data.is_mapped}
+        return Draft(step, epoch, samples, rows, read)
+
+    def _batch(self, draft: Draft) -> Batch:
+        counts = self._counts(draft.samples)
+        parts = [(number, self._part(draft, number, counts)) for number in draft.rows]
+        return Batch(len(draft.samples), parts)
 
     def _counts(self, samples: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
         """What each sample of a batch counts for in its loss: 1 altogether."""
@@ -566,26 +618,29 @@ class Trainer:
         counts: npt.NDArray[np.float64] = weights / total if total > 0 else weights
         return counts
 
-    def _part(self, step: int, epoch: int, samples: Array, counts: Array, rows: slice) -> Part:
-        own = samples[rows]
-        x, y = self.data.train_batch(own)
+    def _part(self, draft: Draft, number: int, counts: Array) -> Part:
+        rows = draft.rows[number]
+        own = draft.samples[rows]
+        x, y = self.data.train_batch(own, draft.read.get(number))
         if self.augmentation is not None:
-            x = self.augmentation.apply(x, own, self.seed, epoch, self.data.black)
+            x = self.augmentation.apply(x, own, self.seed, draft.epoch, self.data.black)
         xp, dtype = array_module(x), self.model.parameters.dtype
         positions = xp.arange(rows.start, rows.stop)
-        share = (rows.stop - rows.start) / len(samples)
-        context = Context(True, step, positions, share, self.seed)
+        share = (rows.stop - rows.start) / len(draft.samples)
+        context = Context(True, draft.step, positions, share, self.seed)
         return Part(x.astype(dtype, copy=False), y, xp.asarray(counts[rows]), context)
 
-    def _evaluated(self, rows: slice) -> npt.NDArray[np.float64]:
-        """Sums over some test samples: of losses, of right answers, and their number."""
+    def _add_evaluation(self, rows: slice, sums: Array) -> None:
+        """Add to ``sums`` [3] those of some test samples: of losses, of right answers, and their number."""
         x, y = self.data.test_batch(rows)
         outputs = self.backprop.outputs(x.astype(self.model.parameters.dtype, copy=False))
         if outputs is None:
-            return np.zeros(3)
+            return
         losses, _ = self.loss(outputs, y)
-        right = (outputs.argmax(axis=1) == y).sum() if self.data.classes else 0
-        return np.array([float(losses.sum()), float(right), len(x)])
+        sums[0] += losses.sum()
+        if self.data.classes:
+            sums[1] += (outputs.argmax(axis=1) == y).sum()
+        sums[2] += len(x)
 
     def _total(self, sums: npt.NDArray[np.float64]) -> list[float]:
         """Each row of ``sums`` [rows, parts], of which every part is one rank's, over all parts.
@@ -648,6 +703,18 @@ def _check_shards(comm: MPI.Intracomm, shards: int | None) -> None:
             f"shards: expected at least as many as ranks ({comm.size}), got {shards}; "
             "raise --shards or start fewer ranks"
         )
+
+
+def _check_device(device: str, shards: int | None, elastic: bool, options: Mapping[str, Any]) -> None:
+    """Raise `InputError` for what a GPU is not for."""
+    reasons = {
+        "shards: a GPU's sums are not shown to have the same bits at any number of ranks": shards,
+        "elastic: what a GPU is doing when a rank dies cannot be broken off": elastic,
+        "compression: it is work for a CPU; wire_dtype makes messages smaller": options.get("compression"),
+    }
+    for reason, applies in reasons.items():
+        if device != CPU and applies:
+            raise InputError(f"device: expected cpu, got {device} beside {reason}")
 
 
 def _check_batch(batch_size: int, parts: int) -> None:

@@ -107,7 +107,8 @@ def build_model(
 ) -> Sequential:
     """This rank's part of the model: its stage of the ``layers``, and of that its slices. Collective.
 
-    ``sample`` [n, ...] are inputs like those of a step: layers go to stages by the time that they take.
+    ``sample`` [n, ...] are inputs like those of a step, where the model is to be: layers go to stages by the
+    time that they take there.
     """
     numbers: Sequence[int] = range(len(layers))
     if mesh.pipeline.size > 1:

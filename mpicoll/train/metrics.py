@@ -24,8 +24,9 @@ from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
+from mpicoll.files import replacing
 from mpicoll.train.errors import InputError
-from mpicoll.train.report import Progress, as_json, check_writable, replacing, throughput
+from mpicoll.train.report import Progress, as_json, check_writable, throughput
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -14,6 +14,7 @@ from mpicoll import algorithms
 from mpicoll.compression import Compression
 from mpicoll.compression import parse as parse_compression
 from mpicoll.train.augmentation import Augmentation, parse_augmentation
+from mpicoll.train.devices import CPU, DEVICES
 from mpicoll.train.elastic import ELASTIC
 from mpicoll.train.learning_rate import SCHEDULES
 from mpicoll.train.mesh import parse_mesh
@@ -48,6 +49,7 @@ class Options:
     dropout: float
     batch_norm: str
     precision: str
+    device: str
     optimizer: str
     lr: float | None
     momentum: float
@@ -66,6 +68,7 @@ class Options:
     seed: int
     strategy: str
     algorithm: str | None
+    tune: bool
     bucket_mb: float | None
     dtype: str
     compression: Compression | None
@@ -91,6 +94,7 @@ class Options:
     metrics: Path | None
     tensorboard: Path | None
     plot: Path | None
+    trace: Path | None
 
 
 def sizes(context: click.Context, param: click.Parameter, value: str) -> tuple[int, ...]:
@@ -173,6 +177,12 @@ FILE = click.Path(path_type=Path)
     help="Before each activation: over each rank's samples, or over all ranks'.",
 )
 @click.option("--precision", type=click.Choice(list(PRECISIONS)), default="f32", help="Of the parameters.")
+@click.option(
+    "--device",
+    type=click.Choice(DEVICES),
+    default=CPU,
+    help="Where to compute; cuda: on the GPUs of each node, with CuPy.",
+)
 # optimizer
 @click.option("--optimizer", type=click.Choice(["sgd", "adam", "lars"]), default="sgd")
 @click.option(
@@ -219,7 +229,12 @@ FILE = click.Path(path_type=Path)
     "--algorithm",
     type=click.Choice(["auto", *algorithms.names("allreduce")]),
     help="The allreduce that sums the gradients, for the strategy allreduce.  [default: ring; two_shot for "
-    "--deterministic]",
+    "--deterministic, auto for --device cuda]",
+)
+@click.option(
+    "--tune",
+    is_flag=True,
+    help="For allreduce: try algorithms in the first steps, where gradients travel in messages.",
 )
 @click.option(
     "--bucket-mb",
@@ -294,6 +309,12 @@ FILE = click.Path(path_type=Path)
 @click.option("--metrics", type=FILE, metavar="FILE", help="Append each epoch's figures, as lines of JSON.")
 @click.option("--tensorboard", type=FILE, metavar="DIR", help="Write each epoch's figures for TensorBoard.")
 @click.option("--plot", type=FILE, metavar="FILE.png", help="Draw the loss while training.")
+@click.option(
+    "--trace",
+    type=FILE,
+    metavar="FILE.json",
+    help="Record what happens when on every rank, for Perfetto and `mpicoll trace`.",
+)
 def command(**values: Any) -> Options:
     """Train a neural network on all ranks that mpirun started.
 
@@ -306,6 +327,7 @@ def command(**values: Any) -> Options:
     _check_data(options)
     _check_strategy(options)
     _check_mesh(options)
+    _check_device(options)
     _check_others(options)
     return options
 
@@ -339,6 +361,7 @@ def _check_strategy(options: Options) -> None:
     servers = ("ps-sync", "ps-async")
     users = {
         "algorithm": (None, ("allreduce",)),
+        "tune": (False, ("allreduce",)),
         "bucket_mb": (None, ("allreduce",)),
         "dtype": ("f32", ("allreduce",)),
         "compression": (None, ("allreduce",)),
@@ -354,6 +377,12 @@ def _check_strategy(options: Options) -> None:
             raise click.UsageError(
                 f"{_flag(name)} is for --strategy {' or '.join(strategies)}, not {options.strategy}"
             )
+    if options.tune and options.deterministic:
+        raise click.UsageError(
+            "--tune does not go with --deterministic: each algorithm adds in an order of its own"
+        )
+    if options.tune and options.algorithm not in (None, "auto"):
+        raise click.UsageError(f"--tune looks for an algorithm: expected no --algorithm {options.algorithm}")
     for name in ("dtype", "compression"):
         if options.deterministic and getattr(options, name) != users[name][0]:
             raise click.UsageError(f"{_flag(name)} does not go with --deterministic, whose sums are exact")
@@ -371,6 +400,18 @@ def _check_mesh(options: Options) -> None:
             raise click.UsageError(f"{_flag(name)} is for a pipeline; see --pipeline-parallel")
     if stages > 1 and options.accumulate > 1:
         raise click.UsageError("--accumulate is not for a pipeline, which has --micro-batches")
+
+
+def _check_device(options: Options) -> None:
+    """What a GPU is not for."""
+    reasons = {
+        "deterministic": "a GPU's sums are not shown to have the same bits at any number of ranks",
+        "elastic": "what a GPU is doing when a rank dies cannot be broken off",
+        "compression": "it is work for a CPU; --dtype makes messages smaller, too",
+    }
+    for name, reason in reasons.items():
+        if options.device != CPU and getattr(options, name):
+            raise click.UsageError(f"{_flag(name)} is for --device {CPU}, not {options.device}: {reason}")
 
 
 def _check_others(options: Options) -> None:

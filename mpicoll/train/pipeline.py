@@ -45,7 +45,7 @@ import numpy.typing as npt
 from mpi4py import MPI
 
 from mpicoll.schedule import chunk_bounds
-from mpicoll.train.arrays import Array, array_module
+from mpicoll.train.arrays import Array, array_module, beside, on_host, synchronise
 from mpicoll.train.backprop import Part, weighted_loss
 from mpicoll.train.errors import InputError
 from mpicoll.train.layers import Context, Layer, Shape
@@ -264,14 +264,14 @@ def measure_costs(
 ) -> list[float]:
     """Seconds of each layer's forward and backward on the micro-batch ``x`` [n, ...]: the median of some.
 
-    Their parameters are of ``dtype``; the layers themselves stay as they are. Each rank measures other times:
-    measure on one, and let it tell the others.
+    Their parameters are of ``dtype``, and where ``x`` is; the layers themselves stay as they are. Each rank
+    measures other times: measure on one, and let it tell the others.
     """
-    _check_on_host("x", x)
+    xp = array_module(x)
     costs = []
-    context = Context(training=True, positions=np.arange(len(x)))
+    context = Context(training=True, positions=xp.arange(len(x)))
     for layer in layers:
-        model = Sequential(layer, dtype=dtype)
+        model = Sequential(layer, dtype=dtype, allocate=xp.zeros)
         _seconds(model, x, context)  # what is compiled or allocated at the first call is not its cost
         costs.append(median(_seconds(model, x, context) for _ in range(repeats)))
         x = model.forward(x, context)[0]
@@ -279,13 +279,19 @@ def measure_costs(
 
 
 def _seconds(model: Sequential, x: Array, context: Context) -> float:
-    begin = perf_counter()
+    begin = _now(x)
     y, saved = model.forward(x, context)
-    between = perf_counter()
-    dy = np.ones_like(y)
-    resumed = perf_counter()
+    between = _now(y)
+    dy = array_module(y).ones_like(y)
+    resumed = _now(dy)
     model.backward(dy, saved)
-    return between - begin + perf_counter() - resumed
+    return between - begin + _now(dy) - resumed
+
+
+def _now(x: Array) -> float:
+    """The time when ``x`` is there, in seconds."""
+    synchronise(x)
+    return perf_counter()
 
 
 # A stage's work -------------------------------------------------------------------------------------
@@ -301,7 +307,7 @@ class Form(NamedTuple):
     def of(cls, array: Array) -> Form:
         return cls(array.shape[1:], array.dtype)
 
-    def rows(self, number: int) -> Array:
+    def rows(self, number: int) -> npt.NDArray[Any]:
         return np.empty((number, *self.shape), self.dtype)
 
 
@@ -316,7 +322,7 @@ class Step:
     before: Form
     after: Form
     kept: dict[int, tuple[Saved, Array | None]] = field(default_factory=dict)
-    loss: float = 0.0
+    loss: Array = 0.0
     backwards: int = 0  # done so far
 
 
@@ -331,15 +337,16 @@ class PipelineBackprop:
     ``bytes_sent``: by this rank, in all steps so far. ``most_kept``: of how many pieces this stage has kept
     activations at once. `close` gives MPI's communicator back; it is collective.
 
-    Raises `InputError`, on all ranks, where arguments are wrong or differ, and `TypeError` where the model is
-    not in the host's memory. After an exception in a step make a new one: messages are still on their way.
+    The model may be on a GPU: what stages exchange then goes through the host's memory.
+
+    Raises `InputError`, on all ranks, where arguments are wrong or differ. After an exception in a step make
+    a new one: messages are still on their way.
     """
 
     def __init__(
         self, model: Sequential, loss: Loss, comm: MPI.Intracomm, pieces: int, schedule: str | Order = "1f1b"
     ):
         order = _agreed_order(comm, pieces, schedule)
-        _check_on_host("model", model.parameters)
         self.model = model
         self.loss = loss
         self.pieces = pieces
@@ -357,7 +364,7 @@ class PipelineBackprop:
         self._sends: list[MPI.Request] = []
         self._receives: list[MPI.Request] = []
 
-    def gradients(self, part: Part, ready: Callable[[int], None]) -> float:
+    def gradients(self, part: Part, ready: Callable[[int], None]) -> Array:
         """Fill ``model.gradients``; the part's loss on the last stage, 0.0 on others.
 
         ``ready(i)``: the stage's gradient i is complete.
@@ -386,7 +393,7 @@ class PipelineBackprop:
                 results.append(y)
             self._send(y, action, step.after)
         self._finish_sends()
-        return np.concatenate(results) if self._is_last else None
+        return array_module(results[0]).concatenate(results) if self._is_last else None
 
     def close(self) -> None:
         """Free the communicator; collective."""
@@ -427,7 +434,7 @@ class PipelineBackprop:
         if key not in self._forms:
             before, after = self._source[FORWARD], self._target[FORWARD]
             own = key if before is None else self._comm.recv(source=before)
-            given = Form.of(self.model.forward(own.rows(0))[0])
+            given = Form.of(self.model.forward(beside(own.rows(0), self.model.parameters))[0])
             if after is not None:
                 self._comm.send(given, dest=after)
             self._forms[key] = own, given
@@ -444,9 +451,9 @@ class PipelineBackprop:
             posted = None if following is None else self._receive(following, step)
             if arriving is not None:
                 self._wait(*arriving)
-            yield action, None if arriving is None else arriving[1]
+            yield action, None if arriving is None else beside(arriving[1], self.model.parameters)
 
-    def _receive(self, action: Action, step: Step) -> tuple[MPI.Request, Array] | None:
+    def _receive(self, action: Action, step: Step) -> tuple[MPI.Request, npt.NDArray[Any]] | None:
         source = self._source[action.kind]
         if source is None:
             return None
@@ -456,7 +463,7 @@ class PipelineBackprop:
         self._receives.append(request)
         return request, buffer
 
-    def _wait(self, request: MPI.Request, buffer: Array) -> None:
+    def _wait(self, request: MPI.Request, buffer: npt.NDArray[Any]) -> None:
         status = MPI.Status()
         while not request.Test(status):
             sleep(0)  # lets other threads and ranks have the core, and Ctrl-C through
@@ -472,9 +479,9 @@ class PipelineBackprop:
         target = self._target[action.kind]
         if target is None:
             return
-        array = np.ascontiguousarray(array, form.dtype)
-        self._sends.append(self._comm.Isend(_words(array), target, tag=action.piece))
-        self.bytes_sent += array.nbytes
+        sent = np.ascontiguousarray(on_host(array), form.dtype)
+        self._sends.append(self._comm.Isend(_words(sent), target, tag=action.piece))
+        self.bytes_sent += sent.nbytes
         self._drop_finished_sends()
 
     def _finish_sends(self) -> None:
@@ -508,13 +515,7 @@ def _agreed_order(comm: MPI.Intracomm, pieces: int, schedule: str | Order) -> Or
     return schedule
 
 
-def _check_on_host(name: str, array: Array) -> None:
-    if array_module(array) is not np:
-        kind = f"{type(array).__module__}.{type(array).__name__}"
-        raise TypeError(f"{name}: expected NumPy arrays, which a pipeline's stages exchange, got {kind}")
-
-
-def _words(array: Array) -> Array:
+def _words(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
     """The same memory as unsigned integers: MPI knows integers of every size, but no 16-bit floats."""
     return array.reshape(-1).view(f"u{array.dtype.itemsize}")
 

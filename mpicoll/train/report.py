@@ -13,8 +13,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -27,6 +25,7 @@ from rich.progress import BarColumn, TextColumn
 from rich.progress import Progress as Bar
 from rich.table import Table
 
+from mpicoll.files import replacing, why_unwritable
 from mpicoll.train.elastic import Lost
 from mpicoll.train.errors import InputError
 
@@ -303,14 +302,8 @@ def print_result(result: Mapping[str, Any]) -> None:
 
 def check_writable(path: Path, use: str = "--json") -> None:
     """Raise `InputError` now if ``path`` could not be written later, by `write_json` or with `replacing`."""
-    try:
-        if path.is_dir():
-            raise IsADirectoryError(None, "it is a directory")
-        with tempfile.NamedTemporaryFile(dir=path.parent):
-            pass
-    except OSError as error:
-        reason = error.strerror or str(error)
-        raise InputError(f"{path}: expected a file that can be written ({use}), but: {reason}") from error
+    if reason := why_unwritable(path):
+        raise InputError(f"{path}: expected a file that can be written ({use}), but: {reason}")
 
 
 def write_json(path: Path, result: Mapping[str, Any]) -> None:
@@ -318,22 +311,6 @@ def write_json(path: Path, result: Mapping[str, Any]) -> None:
     with replacing(path) as temporary, temporary.open("w") as file:
         json.dump(as_json(result), file, indent=2, allow_nan=False)
         file.write("\n")
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A temporary name beside ``path``: what the block writes to it is synced, then renamed to ``path``.
-
-    So a reader finds the old file or the new one, whole. Raises OSError.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        yield temporary
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def as_json(value: Any) -> Any:

@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 from mpi4py import MPI
 
-from mpicoll.train.arrays import Array, array_module
+from mpicoll.train.arrays import Array, array_module, on_host
 from mpicoll.train.layers import Shape
 
 Squares = npt.NDArray[np.float64]
@@ -66,11 +66,16 @@ class Tensors:
         """The norm of all parameters of the model, also of those that this rank has no part of."""
         return math.sqrt(math.fsum(self._everywhere(vector)))
 
+    def _own(self, vector: Array) -> Squares:
+        """Of this rank's parts [trained]; from a GPU they come all at once."""
+        xp = array_module(vector)
+        parts = [vector[begin:end] for begin, end in self.bounds[: self.trained]]
+        return on_host(xp.stack([xp.vdot(part, part) for part in parts])).astype(np.float64)
+
     def _everywhere(self, vector: Array) -> Squares:
         every = np.zeros(self.total)
-        for i, (begin, end) in enumerate(self.bounds[: self.trained]):
-            part = vector[begin:end]
-            every[self.offset + i] = self.weights[i] * float(array_module(part).vdot(part, part))
+        if self.trained:
+            every[self.offset : self.offset + self.trained] = self.weights * self._own(vector)
         for comm in self.comms:
             comm.Allreduce(MPI.IN_PLACE, every)
         return every

@@ -88,16 +88,16 @@ class Hierarchy:
                 comm.Set_errhandler(MPI.ERRORS_RETURN)
         self.channel = Channel(node, sizes)
         refused = self.channel.reason and f"on the node of rank {first}, {self.channel.reason}"
-        self.reason = self._first_reason(refused)
+        self.reason = self._first_reason(refused, self.channel.within)
 
     def _owners(self) -> MPI.Intracomm:
         """The owners of this rank's slice, in the order of nodes; collective."""
         color = MPI.UNDEFINED if self.view.slice is None else self.view.slice
         return MPI.Intracomm(self.whole.Split(color, key=self.view.home))
 
-    def _first_reason(self, reason: str | None) -> str | None:
+    def _first_reason(self, reason: str | None, call: str) -> str | None:
         """The first that any rank has, on all ranks: what one node cannot do, the others must not begin."""
-        reasons = of(self.whole)[0].allgather(self.whole, reason, "the preparation of calls")
+        reasons = of(self.whole)[0].allgather(self.whole, reason, call)
         return next((reason for reason in reasons if reason), None)
 
     @property
@@ -124,17 +124,18 @@ class Hierarchy:
                 watch.attach(comm)
         watch.breaks(self.channel)
 
-    def twin(self) -> Channel:
+    def twin(self, within: str) -> Channel:
         """Another channel of this node, for calls that do not wait for other calls; collective.
 
-        Raises `ArenaError` on all ranks if a node has no memory left for it.
+        ``within`` says in which call, for errors. Raises `ArenaError` on all ranks if a node has no memory
+        left for it.
         """
         twin, reason = None, None
         try:
-            twin = self.channel.twin()
+            twin = self.channel.twin(within)
         except (ArenaError, MemoryError) as error:
             reason = str(error)
-        reason = self._first_reason(reason)
+        reason = self._first_reason(reason, within)
         if twin is None or reason is not None:
             if twin is not None:
                 twin.retired = True

@@ -43,6 +43,7 @@ from mpicoll.transports.steps import (
     CULPRIT,
     DIRECT,
     DROWSY,
+    EXPECTED,
     FACTOR,
     FAR,
     FIRST,
@@ -62,6 +63,7 @@ from mpicoll.transports.steps import (
     NAP_LENGTH,
     NARROW,
     NEXT,
+    NOTHING,
     NRANKS,
     OPERATION,
     PIDS,
@@ -84,7 +86,7 @@ from mpicoll.transports.steps import (
     VECTORS,
     YIELD,
 )
-from mpicoll.watch import Waiting, Watch, call_text, grouped, judge, of, watch_of
+from mpicoll.watch import BY, ON_GPU, Doing, Waiting, Watch, call_text, grouped, judge, of, watch_of
 
 PATIENT = 20_000_000  # nanoseconds to wait before Python handles signals
 NOT_FAR = np.iinfo(np.int64).max  # bytes that no block has
@@ -191,6 +193,7 @@ class Channel:
         self._scratch = aligned_zeros(2 * FOLDED // 8)
         self.address = self.state.ctypes.data
         self._set_state()
+        self.within = "the preparation of calls"  # in words, for errors
         self._twins: dict[int, Channel] = {}
         self._made = 0  # twins
         self.retired = False  # whether this rank needs it no more
@@ -203,7 +206,7 @@ class Channel:
 
     def _set_state(self) -> None:
         state, sizes = self.state, self.sizes
-        state[RANK], state[NRANKS], state[NEXT] = self.rank, self.nranks, 1
+        state[RANK], state[NRANKS], state[NEXT], state[EXPECTED] = self.rank, self.nranks, 1, NOTHING
         state[SLOT], state[RING] = sizes.slot, sizes.ring
         state[SMALL], state[QUIET], state[FAR] = sizes.small, sizes.quiet, sizes.far
         state[LARGE], state[SPINS] = sizes.large, sizes.spins
@@ -251,7 +254,7 @@ class Channel:
         watch = watch_of(self.comm)
         if watch is None:
             return self.comm.allgather(thing)
-        return watch.allgather(self.comm, thing, "the preparation of calls")
+        return watch.allgather(self.comm, thing, self.within)
 
     def _can_read_memory(self, states: Sequence[int]) -> bool:
         """Whether the system lets this process read the next rank's memory: some containers forbid it."""
@@ -263,8 +266,12 @@ class Channel:
         copied = ctypes.CDLL(None).process_vm_readv(*map(ctypes.c_long, arguments))
         return bool(copied == found.nbytes and found.tolist() == [rank, self.nranks])
 
-    def twin(self) -> Channel:
-        """Another channel of the same ranks, for calls that do not wait for this one's; collective."""
+    def twin(self, within: str) -> Channel:
+        """Another channel of the same ranks, for calls that do not wait for this one's; collective.
+
+        ``within`` says in which call, for errors.
+        """
+        self.within = within
         self._release_twins()
         twin = copy(self)
         twin.state, twin._tables, twin._scratch = (
@@ -293,8 +300,8 @@ class Channel:
         if self.state[BROKEN]:
             return  # others may be anywhere: what they may be reading stays where it is
         self.state[BROKEN] = FREED
-        self.comm.Barrier()  # others may still be reading what this rank has brought in
-        self._release_twins()
+        self.within = "Free()"
+        self._release_twins()  # which all ranks come to: until then others may be reading what is here
         _in_use.discard(self)
 
     @property
@@ -372,7 +379,11 @@ def _process(pid: int) -> int | None:
 def has_ended(pid: int) -> bool:
     """Whether a process of this node has ended, be it that nobody has asked for its status yet."""
     descriptor = _process(pid)
-    return descriptor is None or bool(select.select([descriptor], [], [], 0)[0])
+    if descriptor is None:
+        return True
+    waiting = select.poll()  # select() takes no descriptor above 1023
+    waiting.register(descriptor, select.POLLIN)
+    return bool(waiting.poll(0))
 
 
 class SharedPlan:
@@ -395,6 +406,7 @@ class SharedPlan:
         self.address = words.ctypes.data
         self._memory = memoryview(words.data)  # item assignment at a fraction of NumPy's cost
         self._waiting: Waiting | None = None
+        self._text = ""
 
     def set_up(self, collective: str, count: int, root: int = 0) -> SharedPlan:
         """For blocks that are equally large: ``count`` elements, or bytes where nothing is added."""
@@ -474,7 +486,7 @@ class SharedPlan:
         self._waiting.look(self._describe, tuple)
 
     def _describe(self) -> str:
-        return describe(self.words[CALL], self.words[SIZE])
+        return self._text or describe(self.words[CALL], self.words[SIZE])
 
     @property
     def tasks(self) -> list[Task]:
@@ -485,8 +497,9 @@ class SharedPlan:
         """What sums are multiplied by where the operation is AVG, instead of one over the number of ranks."""
         self.words[FACTOR : FACTOR + 1].view(np.float64)[0] = factor
 
-    def mark(self, number: int) -> None:
-        """Let ranks whose numbers differ be in different calls."""
+    def mark(self, number: int, text: str = "") -> None:
+        """Let ranks whose numbers differ be in different calls; this is a part of the call ``text``."""
+        self._text = text
         self.words[CALL] = int(self.words[CALL]) % (1 << MARK_AT) + ((number % (1 << MARK_BITS)) << MARK_AT)
 
     def retire(self) -> None:
@@ -509,6 +522,7 @@ class SharedPlan:
         if waiting and finished and not isinstance(error, FAULTS):
             # The others have all that they need from this rank: it may go on to the next call.
             self.channel.state[NEXT] = words[BASE] + words[LAST]
+            self.channel.state[EXPECTED] = NOTHING
             words[STEP] = 0
         else:
             if getattr(error, "ranks", ()):  # no channel of theirs is of use any more
@@ -539,14 +553,26 @@ class SharedPlan:
         if failure is not None:  # where this is a part of a call between nodes
             raise failure.error()
         places = {rank: str(doing) for rank, doing in enumerate(doings)}
+        before = self.words[STEP] == 0  # it was the call before this one, in which not all waited for all
+        step = int(self.words[BASE]) - before
         for rank in range(self.channel.nranks):
-            line = self.channel._tables[0][rank] + (int(self.words[BASE]) & 1) * CACHE_LINE
+            line = self.channel._tables[0][rank] + (step & 1) * CACHE_LINE
             theirs = np.frombuffer(ctypes.string_at(int(line), CACHE_LINE), np.int64)
-            if theirs[0] == self.words[BASE]:
+            if theirs[0] == step:
                 name = self.channel.named(rank)
-                text = describe(theirs[LINE_CALL], theirs[LINE_SIZE])
-                places[name] = f"in {text}" + (f" at {doings[name].line}" if doings[name].line else "")
+                whole = _whole_call(doings[name]) if theirs[LINE_CALL] >> MARK_AT else ""
+                text = whole or describe(theirs[LINE_CALL], theirs[LINE_SIZE])
+                place = f" at {doings[name].line}" if doings[name].line else ""
+                places[name] = (
+                    f"has been in {text}, is{place or ' elsewhere'}" if before else f"in {text}{place}"
+                )
         raise MismatchError(f"the ranks are in different calls: {grouped(places)}")
+
+
+def _whole_call(doing: Doing) -> str:
+    """The call that a rank's part belongs to: what it waits in, or has begun last, in words."""
+    begun = doing.recent[max(doing.recent)].partition(BY)[0] if doing.recent else ""
+    return doing.call or (begun if ON_GPU in begun else "")
 
 
 ROOTED = ("reduce", "broadcast", "gather", "scatter")

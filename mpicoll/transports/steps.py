@@ -73,7 +73,9 @@ DROWSY = 39  # nanoseconds of waiting after which a rank sleeps between polls
 BROKEN = 34  # whether no further call is possible
 BRINGS = 35  # how often something large has been brought in
 COSTS = 36  # address of two numbers: time per byte of doing so through the caches, and past them
-CHANNEL_SIZE = 40
+EXPECTED = 40  # the call that not all have been seen to be in when it ended, or NOTHING, and its size
+EXPECTED_SIZE = 41
+CHANNEL_SIZE = 48
 
 # -- a job's state: one collective call.
 CHANNEL = 0  # address of the channel's state
@@ -143,6 +145,8 @@ GAVE_UP, FREED = 1, 2  # why a channel is closed
 EVERYONE = -1
 NOBODY = -2
 NEVER = -1
+NOTHING = -1
+ANY_SIZE = -1
 
 STREAMABLE = 4 << 10  # bytes of a copy from which on the caches may be passed by
 TIMED_ONCE_IN = 32  # copies, the cost of one is measured
@@ -209,20 +213,37 @@ def _poll(c, line, step, patience):  # type: ignore[no-untyped-def]
 
 
 @njit(nogil=True)
-def _await(c, whom, step, patience):  # type: ignore[no-untyped-def]
-    """Wait until everyone, or one rank, has published ``step``."""
+def _differs(line, kind, size):  # type: ignore[no-untyped-def]
+    """Whether a rank that has published a step by this line is in another call than is expected."""
+    words = int64s(line)
+    if words[LINE_CALL] == kind and words[LINE_SIZE] == size:
+        return False
+    return kind != NOTHING and (words[LINE_CALL] != kind or size != ANY_SIZE)
+
+
+@njit(nogil=True)
+def _await(c, j, whom, step, kind, size, patience):  # type: ignore[no-untyped-def]
+    """Wait until everyone, or one rank, has published ``step``, of the call that is expected.
+
+    Only lines that have been waited for are looked at: to fetch another from another core costs as much as a
+    small call. Who has not waited for everyone expects the same call at the beginning of the next, where all
+    wait for all: a call of one step, the only one that may wait for less, leaves its lines until then.
+    """
     if whom == NOBODY or c[KNOWN] >= step:
-        return True
-    if whom != EVERYONE:
-        return _poll(c, _line(c, whom, step), step, patience)
+        return DONE
     nranks = c[NRANKS]
-    rank = c[RANK]
-    for _ in range(nranks - 1):
+    rank = c[RANK] if whom == EVERYONE else whom - 1
+    for _ in range(nranks - 1 if whom == EVERYONE else 1):
         rank = rank + 1 if rank + 1 < nranks else 0
-        if not _poll(c, _line(c, rank, step), step, patience):
-            return False
-    c[KNOWN] = step
-    return True
+        line = _line(c, rank, step)
+        if not _poll(c, line, step, patience):
+            return PENDING
+        if _differs(line, kind, size):
+            j[CULPRIT] = rank
+            return MISMATCH
+    if whom == EVERYONE:
+        c[KNOWN] = step
+    return DONE
 
 
 @njit(nogil=True)
@@ -268,19 +289,6 @@ def _publish(c, j, t):  # type: ignore[no-untyped-def]
 @njit(nogil=True)
 def _sends(c, j, rank):  # type: ignore[no-untyped-def]
     return j[SENDER] == EVERYONE or j[SENDER] == rank
-
-
-@njit(nogil=True)
-def _agree(c, j):  # type: ignore[no-untyped-def]
-    """Whether all ranks that this one has heard of are in the same call as this one."""
-    for rank in range(c[NRANKS]):
-        line = _line(c, rank, j[BASE])
-        if load_acquire(line) == j[BASE]:
-            words = int64s(line)
-            if words[LINE_CALL] != j[CALL] or (words[LINE_SIZE] != j[SIZE] and j[UNEVEN] == 0):
-                j[CULPRIT] = rank
-                return False
-    return True
 
 
 @njit(nogil=True)
@@ -484,7 +492,6 @@ def _blockwise(c, j, t):  # type: ignore[no-untyped-def]
     nranks, me, item = c[NRANKS], c[RANK], j[ITEM]
     at, lengths = int64s(j[SEND_AT]), int64s(j[SEND_LENGTH])
     piece = j[PIECE]
-    j[BASE] + t
     if t < j[PIECES] and j[DIRECT] == 0 and not _lends(c, j):
         for rank in range(nranks):
             length = min(piece, lengths[rank] - t * piece)
@@ -525,7 +532,6 @@ def _own_block(c, j):  # type: ignore[no-untyped-def]
 @njit(nogil=True)
 def _exchange(c, j, t):  # type: ignore[no-untyped-def]
     nranks, me, piece = c[NRANKS], c[RANK], j[PIECE]
-    j[BASE] + t
     if t < j[PIECES] and j[DIRECT] == 0 and j[FOREIGN] == 0 and _sends(c, j, me) and not _lends(c, j):
         at, lengths = int64s(j[SEND_AT]), int64s(j[SEND_LENGTH])
         slot = _slot(c, me, j[PLACE])
@@ -617,14 +623,22 @@ def _advance(job, patience):  # type: ignore[no-untyped-def]
         j[DIRECT] = j[LENT] = 0
         if j[UNEVEN] != 0:
             j[PIECES] = j[SIZE]
+    kind, size = NOTHING, types.int64(ANY_SIZE)
+    if t == 0:
+        kind, size = c[EXPECTED], c[EXPECTED_SIZE]
+    elif t == 1:
+        kind, size = j[CALL], j[SIZE] if j[UNEVEN] == 0 else ANY_SIZE
     while True:
-        if not _await(c, _whom(c, j, t), j[BASE] + t - 1, patience):
+        whom = _whom(c, j, t)
+        result = _await(c, j, whom, j[BASE] + t - 1, kind, size, patience)
+        if result != DONE:
             j[STEP] = t
-            return PENDING
-        if t == 1:
-            if not _agree(c, j):
-                j[STEP] = t
-                return MISMATCH
+            return result
+        if t == 0:
+            kind, size = j[CALL], j[SIZE] if j[UNEVEN] == 0 else ANY_SIZE
+        elif t == 1:
+            c[EXPECTED], c[EXPECTED_SIZE] = kind if whom != EVERYONE else NOTHING, size
+            kind = NOTHING
             if j[SETTLES] != 0:
                 _settle(c, j)
         _take_place(c, j, t)

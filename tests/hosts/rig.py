@@ -143,7 +143,9 @@ class Rig:
     def environment(self) -> dict[str, str]:
         """The environment to start `command` in."""
         mpich = {"UCX_NET_DEVICES": MPI, "FI_TCP_IFACE": MPI}  # for each of the two networks that it may use
-        return {**launch.environment(self.mpirun), **mpich, "TMPDIR": "/run/scratch"}
+        # Each host's own: processes of two hosts may have the same number.
+        scratch = dict.fromkeys(("TMPDIR", "PRTE_MCA_prte_tmpdir_base"), "/run/scratch")
+        return {**launch.environment(self.mpirun), **mpich, **scratch}
 
     def start(
         self, ranks_per_host: Sequence[int], program: Sequence[str], settings: Mapping[str, str] | None = None

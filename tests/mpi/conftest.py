@@ -8,8 +8,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import functools
+import importlib
 import os
 import subprocess
 import sys
@@ -37,6 +39,13 @@ def pytest_configure(config: pytest.Config) -> None:
     """Before pytest makes its terminal reporter, which prints to what is `sys.stdout` then."""
     if config.getoption("with_mpi"):
         config.pluginmanager.register(Rank())
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Do not import what has no test to run: many ranks on few cores need long for PyTorch alone."""
+    if config.option.markexpr != "algorithms" or collection_path.is_dir():
+        return None
+    return None if "mark.algorithms" in collection_path.read_text() else True
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -143,7 +152,16 @@ class Rank:
         self.wait_for_other_ranks()
         marker = item.get_closest_marker("deadline")
         self.set_deadline(marker.args[0] if marker else DEADLINE, f"test {item.nodeid}")
+        if is_hypothesis_test(getattr(item, "function", None)):
+            self.import_alike()
         return (yield)
+
+    def import_alike(self) -> None:
+        """Hypothesis tries numbers that stand in a project's modules, so all ranks import the same."""
+        own = {name for name in sys.modules if name.partition(".")[0] in ("mpicoll", "tests")}
+        for name in sorted(set().union(*self.comm.allgather(own)) - own):
+            with contextlib.suppress(ImportError):
+                importlib.import_module(name)
 
     @pytest.hookimpl(trylast=True)
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:

@@ -13,8 +13,16 @@ import numpy as np
 import numpy.typing as npt
 from mpi4py import MPI
 
+from mpicoll import algorithms
+from tests.unit.reference import AT_SCALE
+
 Array = npt.NDArray[Any]
 UNTOUCHED = -7  # what a receive buffer holds before
+
+
+def everyday(collective: str) -> tuple[str, ...]:
+    """The algorithms that every layer is tested with; those at scale have a test in ``test_collectives``."""
+    return tuple(name for name in algorithms.names(collective) if name not in AT_SCALE)
 
 
 @dataclass

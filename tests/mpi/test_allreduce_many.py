@@ -18,11 +18,10 @@ from mpi4py import MPI
 from mpicoll.kernels.reduce import DTYPES, OPERATIONS, supports
 
 import mpicoll
-from mpicoll import algorithms
 from mpicoll.faults import MismatchError, RankFailedError
 from mpicoll.grouped import MAX_LISTS
 
-from .examples import Array, data, total
+from .examples import Array, data, everyday, total
 from .test_hierarchical import TWO, needs_nodes
 from .test_hierarchical import communicator as on_nodes
 from .test_operations import contribution, reference
@@ -126,7 +125,7 @@ def test_an_operation_of_the_users_own() -> None:
 
 
 @pytest.mark.algorithms
-@pytest.mark.parametrize("name", [*algorithms.names("allreduce"), "auto"])
+@pytest.mark.parametrize("name", [*everyday("allreduce"), "auto"])
 @pytest.mark.parametrize("transport", TRANSPORTS)
 def test_every_algorithm(transport: str, name: str) -> None:
     for salt in range(2):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Iterator
 
@@ -12,8 +13,9 @@ from mpi4py import MPI
 import mpicoll
 from mpicoll import algorithms, tuning
 from mpicoll.transports.program import Pipeline
+from tests.unit.reference import AT_SCALE
 
-from .examples import EXAMPLES, in_place_or_not, roots
+from .examples import EXAMPLES, everyday, in_place_or_not, roots
 
 pytestmark = pytest.mark.algorithms
 
@@ -33,8 +35,13 @@ CASES = [
     (method, name)
     for collective, methods in METHODS.items()
     for method in methods
-    for name in ("auto", *algorithms.names(collective))
+    for name in ("auto", *everyday(collective))
     if name in ("auto", ONLY_DIRECTLY.get(method, name))
+]
+CASES_AT_SCALE = [
+    (methods[0], names)
+    for collective, methods in METHODS.items()
+    if (names := [name for name in algorithms.names(collective) if name in AT_SCALE])
 ]
 SEGMENT = 512  # bytes: small, so that few elements make many segments
 LARGE = 1003  # elements: 16 segments of 8-byte elements
@@ -76,6 +83,15 @@ def test_results_in_many_segments(segmented: mpicoll.Communicator, method: str, 
     check(segmented, method, name, LARGE, salt=3)
 
 
+@pytest.mark.parametrize(("method", "names"), CASES_AT_SCALE)
+def test_results_of_algorithms_for_many_ranks(
+    segmented: mpicoll.Communicator, method: str, names: list[str]
+) -> None:
+    """Some chunks empty; and in many segments."""
+    for salt, (name, count) in enumerate(itertools.product(names, (segmented.size - 1, LARGE))):
+        check(segmented, method, name, count, salt)
+
+
 @pytest.mark.parametrize("method", [method for methods in METHODS.values() for method in methods])
 def test_large_messages(whole: mpicoll.Communicator, method: str) -> None:
     """Several segments of the size that is really used, beyond what MPI sends eagerly."""
@@ -83,6 +99,24 @@ def test_large_messages(whole: mpicoll.Communicator, method: str) -> None:
     example.fill(1)
     getattr(whole, method)(*example.args)
     example.check(1)
+
+
+def test_ranks_that_send_much_and_little_agree_on_segments() -> None:
+    """Where blocks are uneven no rank knows how much there is in all."""
+    with mpicoll.Communicator(MPI.COMM_WORLD, transport="messages") as comm:
+        much, little = 17 << 20, 1 << 20  # bytes; the first is beyond where two ranks' segments change
+        block = {0: much, comm.size - 1: 0}
+        counts = [
+            [block.get(i, little) if i == j else little for j in range(comm.size)] for i in range(comm.size)
+        ]
+        sent = np.concatenate(
+            [np.full(n, 10 * comm.rank + j, np.uint8) for j, n in enumerate(counts[comm.rank])]
+        )
+        received = [row[comm.rank] for row in counts]
+        found = np.zeros(sum(received), np.uint8)
+        comm.Alltoallv([sent, counts[comm.rank]], [found, received])
+        expected = [np.full(n, 10 * i + comm.rank, np.uint8) for i, n in enumerate(received)]
+        np.testing.assert_array_equal(found, np.concatenate(expected))
 
 
 @pytest.mark.parametrize("name", ["auto", *algorithms.names("barrier")])
@@ -97,7 +131,7 @@ def test_nobody_leaves_a_barrier_before_all_have_come(whole: mpicoll.Communicato
         assert left >= max(MPI.COMM_WORLD.allgather(entered))
 
 
-@pytest.mark.parametrize("name", algorithms.names("allreduce"))
+@pytest.mark.parametrize("name", everyday("allreduce"))
 def test_every_rank_gets_the_same_bits(whole: mpicoll.Communicator, name: str) -> None:
     """Also where the order of addition matters."""
     random = np.random.default_rng(whole.rank)
@@ -123,7 +157,8 @@ def test_the_communicators_algorithm_is_used_where_it_exists(monkeypatch: pytest
     schedule = algorithms.schedule
 
     def recording(collective: str, algorithm: str, *args: int) -> object:
-        used.append((collective, algorithm))
+        if collective != "barrier":  # with which a communicator is freed
+            used.append((collective, algorithm))
         return schedule(collective, algorithm, *args)
 
     monkeypatch.setattr(algorithms, "schedule", recording)

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 from mpi4py import MPI
 
-from mpicoll import algorithms
 from mpicoll.train import (
     SGD,
     Adam,
@@ -23,6 +22,7 @@ from mpicoll.train import (
     Tanh,
 )
 
+from .examples import everyday
 from .training import (
     ALONE,
     BATCH,
@@ -89,7 +89,7 @@ BUCKETS = (36, 100, 1 << 20)  # bytes: of 164 altogether
 
 
 @pytest.mark.parametrize("bucket_bytes", BUCKETS)
-@pytest.mark.parametrize("algorithm", algorithms.names("allreduce"))
+@pytest.mark.parametrize("algorithm", everyday("allreduce"))
 def test_every_algorithm_and_bucket_size_comes_to_them(algorithm: str, bucket_bytes: int) -> None:
     options = {"algorithm": algorithm, "bucket_bytes": bucket_bytes}
     settings: dict[str, Any] = {"layers": small, "batch_size": BATCH, "dtype": "f4", "shards": SHARDS}

@@ -19,13 +19,13 @@ import pytest
 from mpi4py import MPI
 
 import mpicoll
-from mpicoll import GradientSync, algorithms
+from mpicoll import GradientSync
 from mpicoll.compression import BFloat16, Compression, Float16, Int8, PowerSGD, RandomK, TopK
 from mpicoll.faults import RankFailedError
 from mpicoll.requests import Series
 from mpicoll.transports import shared
 
-from .examples import Array, data, total
+from .examples import Array, data, everyday, total
 from .test_hierarchical import TWO, needs_nodes
 from .test_hierarchical import communicator as on_nodes
 
@@ -243,7 +243,7 @@ def test_sums_in_16_bits_are_rounded_once(wire: str) -> None:
 
 
 @pytest.mark.algorithms
-@pytest.mark.parametrize("name", [*algorithms.names("allreduce"), "auto"])
+@pytest.mark.parametrize("name", [*everyday("allreduce"), "auto"])
 @pytest.mark.parametrize("transport", TRANSPORTS)
 def test_every_algorithm(transport: str, name: str) -> None:
     for layout in ("as_shapes", "apart"):

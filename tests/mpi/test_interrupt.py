@@ -29,6 +29,7 @@ def test_ctrl_c_ends_the_wait_and_the_communicator_works_on() -> None:
     values, sums = np.arange(100.0) + comm.rank, np.zeros(100)
     for _ in range(2):  # the second is recognised as a repetition of the first
         comm.Allreduce(values, sums)
+    comm.Bcast(np.ones(3))  # which rank 0 compares with the others' in its next call
     if comm.rank == 0:
         interrupt_soon()
         start = time.monotonic()

@@ -13,6 +13,8 @@ import mpicoll
 from mpicoll import algorithms
 from mpicoll.reproducible import ReproducibleSum, verify_order
 
+from .examples import everyday
+
 Array = npt.NDArray[Any]
 COMM = MPI.COMM_WORLD
 RANK, SIZE = COMM.rank, COMM.size
@@ -48,7 +50,7 @@ def check(total: ReproducibleSum, nshards: int, count: int, dtype: str, salt: in
 
 
 @pytest.mark.algorithms
-@pytest.mark.parametrize("name", algorithms.names("allreduce"))
+@pytest.mark.parametrize("name", everyday("allreduce"))
 @pytest.mark.parametrize("dtype", ["f4", "f8"])
 def test_every_algorithm_gives_the_bits_of_the_fixed_tree(name: str, dtype: str) -> None:
     for nshards in SHARDS:
@@ -62,7 +64,7 @@ def test_every_algorithm_gives_the_bits_of_the_fixed_tree(name: str, dtype: str)
 @pytest.mark.algorithms
 @pytest.mark.parametrize("count", [0, 1, SIZE - 1, SIZE + 1, 100])
 def test_vectors_of_any_size(count: int) -> None:
-    for name in algorithms.names("allreduce"):
+    for name in everyday("allreduce"):
         total = ReproducibleSum(COMM, 9, name, bucket_bytes=40)
         check(total, 9, count, "f4")
         check(total, 9, count, "f4", salt=1)
@@ -99,7 +101,7 @@ def test_every_shard_belongs_to_one_rank() -> None:
     total.close()
 
 
-@pytest.mark.parametrize("name", algorithms.names("allreduce"))
+@pytest.mark.parametrize("name", everyday("allreduce"))
 def test_the_bytes_sent_are_those_of_the_proof(name: str) -> None:
     schedule = algorithms.schedule("allreduce", name, SIZE)
     count = 10 * schedule.nchunks  # even chunks

@@ -15,7 +15,6 @@ import numpy as np
 import pytest
 from mpi4py import MPI
 
-from mpicoll import algorithms
 from mpicoll.compression import parse as parse_compression
 from mpicoll.schedule import chunk_bounds
 from mpicoll.train import (
@@ -41,6 +40,7 @@ from mpicoll.train.loop import blas_threads
 from mpicoll.train.model import Sequential
 from mpicoll.train.strategies import GRAPHS, Gossip, Sharded
 
+from .examples import everyday
 from .training import (
     ALONE,
     BATCH,
@@ -98,7 +98,7 @@ BUCKET_BYTES = cycle([1, 300, 1 << 20])
 
 @every_rank_count
 @pytest.mark.parametrize(
-    "algorithm, bucket_bytes", [*zip(["auto", *algorithms.names("allreduce")], BUCKET_BYTES, strict=False)]
+    "algorithm, bucket_bytes", [*zip(["auto", *everyday("allreduce")], BUCKET_BYTES, strict=False)]
 )
 def test_every_allreduce_algorithm_trains(algorithm: str, bucket_bytes: int) -> None:
     options = {"algorithm": algorithm, "bucket_bytes": bucket_bytes}
@@ -295,7 +295,7 @@ def test_a_slow_rank_gets_less_and_the_steps_stay_the_same(
     epochs = 1 + adjustments * EVERY // STEPS_PER_EPOCH
     now = 0.0
 
-    def slowly(part: Part, ready: Callable[[int], None]) -> float:
+    def slowly(part: Part, ready: Callable[[int], None]) -> Any:
         nonlocal now
         now += SECONDS[COMM.rank] * len(part)
         return gradients(part, ready)

@@ -33,6 +33,9 @@ class ForeignArray:
     def __len__(self) -> int:
         return len(self.host)
 
+    def get(self) -> Any:
+        return self.host.copy()
+
     def __getattr__(self, name: str) -> Any:
         value = getattr(self.host, name)
         return foreign_function(value) if callable(value) else foreign(value)

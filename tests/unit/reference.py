@@ -16,6 +16,8 @@ State = list[dict[int, Array]]
 Contribution = Callable[[int, int], Array]
 
 CASES = [(collective, name) for collective in algorithms.ALGORITHMS for name in algorithms.names(collective)]
+# Algorithms that pay on many ranks only; their programs consist of the same operations as all others.
+AT_SCALE = {"bidirectional_ring", "torus", "two_level", "swing", "swing_latency", "bine", "pat"}
 SUMS = {"allreduce", "reduce_scatter", "reduce"}
 ROOTED = {"broadcast", "reduce", "gather", "scatter"}
 BITS = 3  # of a sum for each rank: it shows how often each of up to 17 ranks was counted

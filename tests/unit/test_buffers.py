@@ -12,6 +12,7 @@ import pytest
 from mpi4py import MPI
 
 from mpicoll.buffers import check_same_type, parse, parse_blocks
+from mpicoll.gpu import driver
 
 DOUBLES = np.arange(12.0)
 HERE = DOUBLES.ctypes.data
@@ -189,8 +190,7 @@ def test_derived_datatypes() -> None:
         (3.5, False, TypeError, "buf: expected an array or .*buffer protocol, .* got float"),
         (MPI.IN_PLACE, False, ValueError, "buf: expected data, got IN_PLACE, which is not allowed here"),
         ("text", False, TypeError, "buf: expected an array or .* got str"),
-        (OnGpu(), False, TypeError, "buf: expected host memory, got OnGpu on a device"),
-        (DlpackOnly(DOUBLES, (2, 0)), False, TypeError, "buf: expected host memory, got DlpackOnly on a"),
+        (DlpackOnly(DOUBLES, (10, 0)), False, TypeError, "buf: expected host memory, got DlpackOnly on a"),
         ([DOUBLES], False, ValueError, r"buf: expected \[data, count, datatype\] with 2 to 4 items, got 1"),
         ([DOUBLES, 1, 2, 3, "d"], False, ValueError, "buf: expected .* with 2 to 4 items, got 5"),
         (
@@ -229,6 +229,15 @@ def test_what_will_not_do(spec: Any, writable: bool, error: type[Exception], wor
         parse(spec, "buf", writable=writable)
     with pytest.raises(error):
         parse_blocks(spec, "buf", 3, writable=writable)
+
+
+def test_memory_of_a_gpu_needs_a_driver(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(driver, "LIBRARY", "libno-such-driver.so.1")
+    monkeypatch.setattr(driver, "driver", driver.Driver)
+    with pytest.raises(driver.GpuError, match="no NVIDIA driver here: libno-such-driver"):
+        parse(OnGpu(), "buf")
+    with pytest.raises(driver.GpuError, match="no NVIDIA driver here: libno-such-driver"):
+        parse_blocks([OnGpu(), MPI.DOUBLE], "buf", 3)
 
 
 def test_a_pair_is_a_count_and_a_displacement() -> None:

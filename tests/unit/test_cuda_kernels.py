@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,10 +22,11 @@ import pytest
 pytest.importorskip("numba_cuda", reason="numba-cuda[cu13] is not installed")
 pytest.importorskip("cuda.bindings.nvjitlink", reason="CUDA's compiler is not installed: numba-cuda[cu13]")
 
-from mpicoll.kernels import device_cuda, packing_cuda, quantise_cuda, reduce_cuda, sparse_cuda
+from mpicoll.kernels import cast_cuda, device_cuda, packing_cuda, quantise_cuda, reduce_cuda, sparse_cuda
 
 from tests.unit import ptx
-from tests.unit.twins import FLOATS, INTEGERS, Dtype
+from tests.unit.launches import SAID
+from tests.unit.twins import COMPLEX, FLOATS, INTEGERS, Dtype
 
 pytestmark = pytest.mark.skipif(
     device_cuda.SIMULATED, reason="NUMBA_ENABLE_CUDASIM=1 puts the simulator in the compiler's place"
@@ -37,14 +39,21 @@ FLOAT32, FLOAT64, INT8 = np.dtype(np.float32), np.dtype(np.float64), np.dtype(np
 RAW = [np.dtype(code) for code in ("u1", "u2", "u4", "u8")]  # what is only copied
 MOVES = [(kind, kind) for kind in RAW] + [(dst, src) for dst in FLOATS for src in FLOATS]
 UPDATES = [(dtype, bucket) for dtype in REALS for bucket in FLOATS]
-REDUCTIONS = (
-    [("SUM", dtype, 2) for dtype in (*INTEGERS, *FLOATS)]
-    + [("SUM", dtype, 8) for dtype in FLOATS[:3]]
-    + [("PROD", np.dtype(code), 2) for code in "bfd"]
-    + [("MIN", dtype, 2) for dtype in (*FLOATS[1:3], *INTEGERS[::7])]
-    + [("MAX", dtype, 2) for dtype in (FLOATS[0], FLOAT64, INTEGERS[4])]
-    + [(op, dtype, 2) for op, dtype in zip(("BAND", "BOR", "BXOR"), INTEGERS, strict=False)]
-    + [(op, np.dtype(code), 2) for op, code in (("LAND", "?"), ("LOR", "?"), ("LXOR", "?"), ("LAND", "i"))]
+# Operation, dtype, targets, sources, and whether the result is scaled.
+FOLDS = (
+    [("SUM", dtype, 1, 2, False) for dtype in (*INTEGERS, *FLOATS)]
+    + [("SUM", dtype, 2, 3, True) for dtype in FLOATS]
+    + [("SUM", dtype, 8, 8, False) for dtype in (*FLOATS, INT8)]
+    + [("SUM", FLOATS[0], 1, 1, False), ("MAX", FLOATS[1], 1, 64, True), ("BOR", INTEGERS[7], 9, 9, False)]
+    + [("PROD", dtype, 1, 2, scaled) for dtype in COMPLEX for scaled in (False, True)]
+    + [("PROD", np.dtype(code), 1, 2, False) for code in "bfd"]
+    + [("MIN", dtype, 1, 2, False) for dtype in (*FLOATS[1:3], *INTEGERS[::7])]
+    + [("MAX", dtype, 3, 2, False) for dtype in (FLOATS[0], FLOAT64, INTEGERS[4])]
+    + [(op, dtype, 1, 2, False) for op, dtype in zip(("BAND", "BOR", "BXOR"), INTEGERS, strict=False)]
+    + [
+        (op, np.dtype(code), 1, 2, False)
+        for op, code in (("LAND", "?"), ("LOR", "?"), ("LXOR", "?"), ("LAND", "i"))
+    ]
 )
 
 
@@ -68,14 +77,16 @@ def simulation() -> Iterator[subprocess.Popen[str]]:
         running.kill()
 
 
-def check_compiled(kernel: device_cuda.Kernel, dtypes: list[Dtype]) -> str:
-    """For every capability: the PTX of the last one. ``dtypes`` are those of the numbers in memory."""
-    for capability in CAPABILITIES:
+def check_compiled(
+    kernel: device_cuda.Kernel, dtypes: list[Dtype], capabilities: Sequence[ptx.Capability] = CAPABILITIES
+) -> str:
+    """The PTX of the last capability. ``dtypes`` are those of the numbers in memory."""
+    for capability in capabilities:
         code = ptx.compiled(kernel, capability)
         names = ptx.instructions(code)
         assert ".local" not in code, "something lies in local memory"
         assert not [name for name in names if name.startswith("call")], "something is not inlined"
-        if FLOAT64 not in dtypes:
+        if not {FLOAT64, COMPLEX[1]} & set(dtypes):
             assert not [name for name in names if name.endswith("f64")], "float64 by accident"
         used = ptx.resources(code, capability)
         assert (used.stack, used.spilled) == (0, 0), used
@@ -105,6 +116,11 @@ def test_a_move_from_the_bucket() -> None:
     check_widths(code, 4, [FLOATS[1]], [FLOATS[2]])
 
 
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_searches(dtype: Dtype) -> None:
+    check_widths(check_compiled(packing_cuda.search_kernel(dtype), [dtype]), lanes_of(dtype), [dtype], [])
+
+
 @pytest.mark.parametrize("dtype, bucket", UPDATES, ids=str)
 def test_updates(dtype: Dtype, bucket: Dtype) -> None:
     code = check_compiled(packing_cuda.update_kernel(dtype, bucket), [dtype, bucket])
@@ -116,10 +132,32 @@ def test_updates(dtype: Dtype, bucket: Dtype) -> None:
     assert products <= {"mul.rn.f32", "mul.rn.f64"}
 
 
-@pytest.mark.parametrize("op, dtype, nsources", REDUCTIONS, ids=str)
-def test_reductions(op: str, dtype: Dtype, nsources: int) -> None:
-    code = check_compiled(reduce_cuda.reduce_kernel(op, dtype, nsources), [dtype])
-    check_widths(code, lanes_of(dtype), [dtype], [dtype])
+@pytest.mark.parametrize("number", range(len(FOLDS)), ids=lambda i: "-".join(map(str, FOLDS[i])))
+def test_folds(number: int) -> None:
+    """Elements are accessed alone or 16 bytes at a time, in all sources and all targets."""
+    op, dtype, ntargets, nsources, scaled = FOLDS[number]
+    kernel = reduce_cuda.fold_kernel(op, dtype, ntargets, nsources, scaled)
+    capability = CAPABILITIES[number % len(CAPABILITIES)]  # one of them: others change little
+    code = check_compiled(kernel, [dtype, FLOAT64] if scaled else [dtype], [capability])
+    widths = {8 * dtype.itemsize, 128}
+    assert (ptx.accesses(code, "ld"), ptx.accesses(code, "st")) == (widths, widths)
+
+
+def test_bfloat16_without_hardware_that_rounds() -> None:
+    """Before compute capability 8.0."""
+    kernel = reduce_cuda.fold_kernel.__wrapped__(
+        "SUM", FLOATS[1], 1, 2, False
+    )  # of its own, compiled for nothing else
+    code = check_compiled(kernel, [FLOATS[1]], [(7, 5)])
+    assert "bf16" not in code
+    assert ptx.accesses(code, "st") == {16, 128}
+
+
+@pytest.mark.parametrize("half", FLOATS[:2], ids=str)
+def test_casts(half: Dtype) -> None:
+    for dst, src in ((FLOAT32, half), (half, FLOAT32)):
+        code = check_compiled(cast_cuda.cast_kernel(dst, src), [dst, src])
+        check_widths(code, 4, [src], [dst])
 
 
 QUANTISE: dict[str, tuple[Callable[[], device_cuda.Kernel], list[Dtype], list[Dtype]]] = {
@@ -168,7 +206,8 @@ def test_arguments_are_numbers() -> None:
     kernels: list[Any] = [
         packing_cuda.move_kernel(FLOAT32, FLOAT32, True),
         packing_cuda.update_kernel(FLOAT32, FLOAT32),
-        reduce_cuda.reduce_kernel("SUM", FLOATS[2], 2),
+        reduce_cuda.fold_kernel("SUM", FLOATS[2], 1, 2, False),
+        cast_cuda.cast_kernel(FLOAT32, FLOATS[0]),
     ]
     for kernel in kernels:
         assert "array" not in str(kernel.signature)
@@ -179,6 +218,27 @@ def test_host_memory_is_refused() -> None:
         packing_cuda.Packing([np.ones(4)], np.ones(4))
     with pytest.raises(TypeError, match="dst: expected an array on a GPU, got ndarray"):
         reduce_cuda.reduce("SUM", np.ones(4), np.ones(4))
+
+
+@pytest.mark.skipif(not shutil.which("cc"), reason="there is no C compiler")
+def test_launches(tmp_path: Path) -> None:
+    """What reaches the driver: the device of the current context, stream, blocks, threads and numbers."""
+    library = tmp_path / "libcuda.so.1"
+    subprocess.run(["cc", "-shared", "-fPIC", "-o", library, HERE / "libcuda.c"], check=True, timeout=60)
+    found = subprocess.run(
+        [sys.executable, "-W", "error", "-m", "tests.unit.launches"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "LD_LIBRARY_PATH": str(tmp_path)},
+        cwd=HERE.parents[1],
+        timeout=60,
+    )
+    assert found.returncode == 0, found.stderr
+    launched = [(0, stream, 3) for stream in (0, 1, 2, 0xABC0) for _ in range(2)]
+    # On the second GPU; in a thread that has no context and gets the first; on the second again.
+    launched += [(1, 0, 4), (0, 0, 5), (1, 0, 6)]
+    wanted = [[*launch, device_cuda.THREADS, *SAID] for launch in launched]
+    assert [[int(number) for number in line.split()] for line in found.stdout.splitlines()] == wanted
 
 
 class OnDevice:

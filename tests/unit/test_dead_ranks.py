@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -17,6 +18,7 @@ from typing import Any
 import pytest
 
 from mpicoll import launch
+from mpicoll.transports.shared import has_ended
 
 NRANKS = 3
 VICTIM = 1
@@ -290,3 +292,13 @@ def test_who_has_done_its_part_may_end(run_job: Callable[[str], Job], end: str) 
         time.sleep(0.002)
     assert not (job.folder / "said" / "rank 0").exists(), job.said("rank 0")
     assert job.said("sums") == [sum(range(NRANKS))] * 3
+
+
+def test_a_program_with_many_open_files_sees_who_has_ended() -> None:
+    with subprocess.Popen(["sleep", "60"]) as process, contextlib.ExitStack() as files:
+        for _ in range(1100):
+            files.enter_context(open(os.devnull))
+        assert not has_ended(process.pid)
+        process.kill()
+        process.wait(10)
+        assert has_ended(process.pid)

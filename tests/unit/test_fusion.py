@@ -169,6 +169,7 @@ def settings(**given: Any) -> Settings:
         "nonfinite": "pass",
         "unused": "raise",
         "algorithm": None,
+        "tune": False,
     }
     return Settings.of(**{**default, **given})
 

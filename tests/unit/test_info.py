@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -13,14 +12,9 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
-from mpicoll import info
-
-CRASH = """
-from mpi4py import MPI
-bad = [MPI.buffer.fromaddress(64, 4096), MPI.BYTE]
-print("sending", flush=True)
-MPI.COMM_SELF.Sendrecv(bad, 0, recvbuf=bad, source=0)
-"""
+from mpicoll import info, launch
+from mpicoll.gpu import driver, probe
+from tests import fake_cuda
 
 
 def facts_of(node: str, **changes: Any) -> info.Facts:
@@ -38,7 +32,9 @@ def facts_of(node: str, **changes: Any) -> info.Facts:
 
 
 def everything(ranks: list[info.Facts], **changes: Any) -> info.Facts:
-    facts = {"mpi": {"error": "none"}, "ranks": ranks, "transport": "none", "cuda_aware": info.no_gpu_here()}
+    aware = probe.NO_GPU._asdict()
+    facts = {"mpi": {"error": "none"}, "ranks": ranks, "transport": "none", "gpu_transport": "none"}
+    facts |= {"cuda_aware": aware, "tuning": "none"}
     return {**info.software(), **facts, **changes}
 
 
@@ -67,70 +63,33 @@ def test_without_mpi4py(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "ranks       1 on 1 node" in result.output
 
 
-def test_loaded_library() -> None:
-    maps = (
-        "7f-80 r-xp 0 fe:00 1    /lib/libmpi4py_other.so\n"
-        "7f-80 rw-p 0 00:00 0 \n"
-        "7f-80 r-xp 0 fe:00 2    /opt/my mpi/lib/libmpi.so.40\n"
-    )
-    assert info.loaded_library(maps) == "/opt/my mpi/lib/libmpi.so.40"
-    assert info.loaded_library("7f-80 r-xp 0 fe:00 1   /lib/libc.so.6") is None
+def test_gpus_are_what_the_driver_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpus = driver.Driver(fake_cuda.FakeLibrary(ndevices=2, memory=3 << 30))
+    monkeypatch.setattr(driver, "driver", lambda: gpus)
+    facts = info.rank_facts()
+    assert facts["gpus_looked_for"] == "libcuda.so.1"
+    assert [gpu["pci"] for gpu in facts["gpus"]] == ["0000:00:00.0", "0000:01:00.0"]
+    assert info.gpu_text(facts).endswith(", Fake GPU 3.0 GiB at 0000:01:00.0")
 
 
-def test_crash_of_the_probe_stays_there() -> None:
-    answer = info.probe(CRASH)
-    assert answer["aware"] is False
-    assert "crashed" in answer["how"]
+def test_settings_are_commands_of_a_shell(monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = {"LD_LIBRARY_PATH": "/my env/lib:/b", "LIST": "A;B"}
+    monkeypatch.setattr(launch, "cuda_settings", lambda: settings)
+    monkeypatch.setitem(sys.modules, "mpi4py", None)
+    text = CliRunner().invoke(info.command, ["--env"]).stdout
+    shown = ["sh", "-c", f'{text}printf "%s|%s" "$LD_LIBRARY_PATH" "$LIST"']
+    assert subprocess.run(shown, capture_output=True, text=True, timeout=60).stdout == "/my env/lib:/b|A;B"
+    assert json.loads(CliRunner().invoke(info.command, ["--env", "--json"]).stdout) == settings
 
 
-@pytest.mark.parametrize(
-    ("status", "output", "errors", "aware", "how"),
-    [
-        (0, "sending\nsending\nright\n", "", True, "right data"),
-        (0, "sending\nwrong\n", "", False, "wrong data"),
-        (-signal.SIGSEGV, "sending\n", "noise", False, "crashed (status -11)"),
-        (1, "", "Traceback\nOSError: no driver", None, "could not be tried (status 1): OSError: no driver"),
-        (1, "", "", None, "no message"),
-    ],
-)
-def test_verdict(status: int, output: str, errors: str, aware: bool | None, how: str) -> None:
-    answer = info.verdict(status, output, errors)
-    assert answer["aware"] is aware
-    assert how in answer["how"]
+def test_settings_of_what_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail() -> dict[str, str]:
+        raise launch.LauncherError("no UCX: pip install it")
 
-
-def test_probe_that_does_not_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(info, "PROBE_LIMIT", 0.5)
-    assert info.probe("import time; time.sleep(60)")["aware"] is False
-
-
-def test_answer_is_remembered(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    library = tmp_path / "libmpi.so"
-    library.touch()
-    answers = iter([{"aware": True, "how": "first"}, {"aware": False, "how": "second"}])
-    monkeypatch.setattr(info, "probe", lambda: next(answers))
-    monkeypatch.setattr("platformdirs.user_cache_dir", lambda name: str(tmp_path / name))
-    assert info.cached_probe(str(library)) == {"aware": True, "how": "first"}
-    again = info.cached_probe(str(library))
-    assert again["aware"] is True
-    assert again["how"].startswith("first; remembered in ")
-    os.utime(library, (1, 1))  # another build
-    assert info.cached_probe(str(library))["how"] == "second"
-
-
-def test_no_place_to_remember(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    library = tmp_path / "libmpi.so"
-    library.touch()
-    monkeypatch.setattr(info, "probe", lambda: {"aware": True, "how": "asked"})
-    monkeypatch.setattr("platformdirs.user_cache_dir", lambda name: str(library / "below a file"))
-    assert info.cached_probe(str(library)) == info.cached_probe(str(library)) == info.probe()
-
-
-def test_settings_are_part_of_the_build(tmp_path: Path) -> None:
-    library = str(tmp_path)
-    plain = info.build_key(library, {})
-    assert info.build_key(library, {"OMPI_MCA_initial_wdir": "/tmp", "HOME": "/"}) == plain
-    assert info.build_key(library, {"OMPI_MCA_pml": "ucx"}) != plain
+    monkeypatch.setattr(launch, "cuda_settings", fail)
+    result = CliRunner().invoke(info.command, ["--env"])
+    assert (result.exit_code, result.stdout) == (1, ""), "nothing that a shell would run"
+    assert result.stderr == "Error: no UCX: pip install it\n"
 
 
 def test_render_groups_ranks_by_node() -> None:

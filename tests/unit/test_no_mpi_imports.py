@@ -23,7 +23,20 @@ assert not set({BLOCKED}) & set(sys.modules)
 
 
 @pytest.mark.parametrize(
-    "module", ["mpicoll", "mpicoll.schedule", "mpicoll.algorithms", "mpicoll.verify", "mpicoll.cli"]
+    "module",
+    [
+        "mpicoll",
+        "mpicoll.schedule",
+        "mpicoll.algorithms",
+        "mpicoll.verify",
+        "mpicoll.cli",
+        "mpicoll.exchange",
+        "mpicoll.draw.command",
+        "mpicoll.simulate.command",
+        "mpicoll.trace.command",
+        "mpicoll.tune.search",
+        "mpicoll.tune.table",
+    ],
 )
 def test_imports_without_mpi_numba_and_cupy(module: str) -> None:
     subprocess.run([sys.executable, "-c", PROGRAM, module], check=True, timeout=60)

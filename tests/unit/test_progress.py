@@ -8,7 +8,7 @@ import signal
 import threading
 import time
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from statistics import median
 from typing import Any
 
@@ -18,7 +18,7 @@ from mpicoll.kernels.memory import int64s
 from mpicoll.kernels.tasks import DONE, PENDING, Task
 from numba import cfunc, types
 
-from mpicoll.progress import PATIENT, PythonTask, TaskQueue
+from mpicoll.progress import PATIENT, PythonTask, PythonTurns, TaskQueue
 from mpicoll.transports.machine import aligned_zeros, load_acquire
 
 SOON = 10.0  # seconds within which happens what takes milliseconds
@@ -275,6 +275,34 @@ def test_a_program_that_waits_gets_the_tasks_at_once() -> None:
     queue.close()
 
 
+def test_python_takes_turns() -> None:
+    """Short ones in the thread, and as long as may be where the program has nothing else to do."""
+    log, patience, checks = Log(), list[int](), list[bool]()
+
+    def advance(patient: int) -> bool:
+        patience.append(patient)
+        return len(patience) % 5 == 0
+
+    turns = PythonTurns(advance, lambda: checks.append(True)).task
+    queue = Calls().queue([log.task(0), turns, log.task(1)], threaded=True)
+    queue.release(3)
+    until(lambda: log.read() == [0, 1])
+    queue.finish()
+    assert patience == [0] * 5
+    assert not checks
+    queue.finish()
+    assert log.read() == [0, 1, 0, 1]
+    assert patience[5:] == [PATIENT] * 5
+    assert len(checks) == 4
+    queue.close()
+
+
+def test_an_exception_of_a_turn_arrives_in_finish() -> None:
+    turns = PythonTurns(lambda patience: bool(1 / 0), lambda: None)
+    with pytest.raises(ZeroDivisionError):
+        Calls().queue([turns.task], threaded=False).finish()
+
+
 # -- errors
 
 
@@ -333,7 +361,16 @@ def test_a_check_may_end_the_wait(threaded: bool) -> None:
     queue.close()
 
 
+@pytest.fixture
+def ctrl_c() -> Iterator[None]:
+    """As in a terminal: a shell that starts the tests in the background has switched it off."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @threads
+@pytest.mark.usefixtures("ctrl_c")
 def test_ctrl_c_ends_the_wait(threaded: bool) -> None:
     gate, calls = Gate(), Calls()
     queue = calls.queue([gate.task], threaded)

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from mpicoll.files import replacing
 from mpicoll.train import report
 from mpicoll.train.errors import InputError
 from mpicoll.train.loop import Epoch
@@ -26,7 +27,6 @@ from mpicoll.train.report import (
     as_json,
     check_writable,
     progress_for,
-    replacing,
     throughput,
     write_json,
 )

@@ -19,6 +19,7 @@ BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 HALVES = [np.dtype(np.float16), BFLOAT16]
 FLOATS = [*HALVES, np.dtype(np.float32), np.dtype(np.float64)]
 INTEGERS = [np.dtype(code) for code in "bhilBHIL"]
+COMPLEX = [np.dtype(np.complex64), np.dtype(np.complex128)]
 
 SLOT = 16  # bytes
 ALIGNMENT = 64  # bytes, of what `aligned` makes: a cache line
@@ -65,9 +66,14 @@ class Guarded:
 
 
 def numbers(dtype: Dtype, count: int, seed: int) -> Array:
-    """Any integers; floats of both signs that differ in magnitude; zeros among them."""
+    """Any integers; floats of both signs that differ in magnitude; zeros among them.
+
+    Complex numbers are small integers, whose products are exact however they are computed.
+    """
     random = np.random.default_rng((seed, count))
-    if dtype.kind in "iub":
+    if dtype.kind == "c":
+        found = random.integers(-4, 5, 2 * count).astype(f"f{dtype.itemsize // 2}").view(dtype)
+    elif dtype.kind in "iub":
         found = random.integers(0, 256, count * dtype.itemsize, np.uint8).view(f"u{dtype.itemsize}")
         found = (found % 2).astype(bool) if dtype.kind == "b" else found.view(dtype)
     else:
@@ -79,6 +85,8 @@ def numbers(dtype: Dtype, count: int, seed: int) -> Array:
 def assert_same(found: Array, wanted: Array, what: str) -> None:
     """The same bits, except that one NaN is as good as another."""
     assert found.dtype == wanted.dtype and found.shape == wanted.shape, what
+    if found.dtype in COMPLEX:
+        found, wanted = (array.view(f"f{array.itemsize // 2}") for array in (found, wanted))
     if found.dtype in FLOATS:
         nan = np.isnan(wanted)
         np.testing.assert_array_equal(np.isnan(found), nan, what)
@@ -356,14 +364,48 @@ OPERATIONS: dict[str, Callable[[Any, Any], Any]] = {
 }
 
 
-def reduced(op: str, arrays: Sequence[Array]) -> Array:
-    """Folded in ascending order, 16-bit floats in float32."""
+def reduced(op: str, arrays: Sequence[Array], factor: float = 1.0) -> Array:
+    """Folded in ascending order, 16-bit floats in float32; and scaled in float64."""
     dtype = arrays[0].dtype
     total = arrays[0].astype(np.float32) if dtype in HALVES else arrays[0]
     with np.errstate(all="ignore"):
         for array in arrays[1:]:
             total = OPERATIONS[op](total, array.astype(total.dtype)).astype(total.dtype)
+        if factor != 1:
+            parts = total.view(total.real.dtype)  # of complex numbers
+            total = (parts * np.float64(factor)).astype(parts.dtype).view(total.dtype)
         return total.astype(dtype)
+
+
+class Layout(NamedTuple):
+    """Of what `check_fold` does. Each array begins ``apart`` elements further from an aligned address."""
+
+    ntargets: int
+    nsources: int
+    by: int = 0  # elements that the first array begins behind an aligned address
+    apart: int = 0
+    in_place: bool = False  # the last target is the last source
+    factor: float = 1.0
+
+
+def check_fold(twin: Twin, op: str, dtype: Dtype, size: int, layout: Layout) -> None:
+    """Every target has the result, and no source changes that is no target."""
+    arrays = [numbers(dtype, size, i) for i in range(layout.nsources)]
+    blank = [np.ones(size, dtype)] * (layout.ntargets - layout.in_place)
+    given = [
+        Guarded(twin, values, layout.by + i * layout.apart) for i, values in enumerate([*blank, *arrays])
+    ]
+    targets, sources = given[: len(blank)], given[len(blank) :]
+    if layout.in_place:
+        targets.append(sources[-1])
+    factor = layout.factor if dtype.kind not in "biu" else 1.0
+    places = [[twin.module.memory_of(g.array, "array").address for g in side] for side in (targets, sources)]
+    twin.module.fold(op, dtype, *places, size, factor, 0)
+    what = f"{op} of {size} {dtype}, {layout}"
+    for target in targets:
+        assert_same(target.read(), reduced(op, arrays, factor), what)
+    for source, before in list(zip(sources, arrays, strict=True))[: len(sources) - layout.in_place]:
+        assert_same(source.read(), before, f"{what}: a source changed")
 
 
 def check_reduce(twin: Twin, op: str, dtype: Dtype, size: int, by: tuple[int, int]) -> None:
@@ -422,9 +464,25 @@ def check_reduce_refuses(twin: Twin, raises: Callable[..., Any]) -> None:
         reduce("SUM", one[::2], one[:4])
     with raises(TypeError, match="op: BAND is not defined for float32"):
         reduce("BAND", one, one)
-    with raises(TypeError, match="dst: .*complex64"):
-        reduce("SUM", one.view(np.complex64), one.view(np.complex64))
-    with raises(ValueError, match="sources: .*none"):
+    with raises(TypeError, match="op: MAX is not defined for complex64; allowed: SUM, PROD"):
+        reduce("MAX", one.view(np.complex64), one.view(np.complex64))
+    with raises(ValueError, match="sources: expected 1 to 64, got 0"):
         reduce_many("SUM", one, [])
     with raises(TypeError, match=r"sources\[1\]: .*int32"):
         reduce_many("SUM", one, [one, integers])
+
+
+def check_fold_refuses(twin: Twin, raises: Callable[..., Any]) -> None:
+    """Wrong arguments are named. ``raises`` is pytest's."""
+    fold, at = twin.module.fold, twin.module.memory_of(twin.upload(np.ones(99)), "array").address
+    float32, int32 = np.dtype(np.float32), np.dtype(np.int32)
+    with raises(ValueError, match="targets: expected 1 to 64, got 65"):
+        fold("SUM", float32, [at] * 65, [at], 1, 1.0, 0)
+    with raises(ValueError, match="sources: expected 1 to 64, got 0"):
+        fold("SUM", float32, [at], [], 1, 1.0, 0)
+    with raises(TypeError, match="factor: expected 1 for int32"):
+        fold("SUM", int32, [at], [at], 1, 0.5, 0)
+    with raises(TypeError, match="op: BOR is not defined for float32"):
+        fold("BOR", float32, [at], [at], 1, 1.0, 0)
+    with raises(ValueError, match=r"sources\[1\]: expected a multiple of 4 bytes, got 0x[0-9a-f]+2$"):
+        fold("SUM", float32, [at], [at, at + 2 - at % 16], 1, 1.0, 0)

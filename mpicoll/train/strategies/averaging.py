@@ -22,12 +22,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import numpy as np
 from mpi4py import MPI
 
 from mpicoll.calls import AVG
 from mpicoll.communicator import Communicator
-from mpicoll.grouped import new_bucket
-from mpicoll.train.arrays import Array
+from mpicoll.train.arrays import Array, beside, host_copy
 from mpicoll.train.layouts import bytes_sent
 from mpicoll.train.model import Sequential
 from mpicoll.train.optimizer import Optimizer
@@ -114,7 +114,7 @@ class Gossip(Averaging):
         check_choice("graph", graph, GRAPHS)
         super().__init__(comm, model, optimizer)
         self.graph = graph
-        self._received = new_bucket(model.parameters.size, model.parameters.dtype)
+        self._received = np.empty(model.parameters.size, model.parameters.dtype)
 
     def mix(self) -> None:
         """The mean with this step's neighbours."""
@@ -122,11 +122,12 @@ class Gossip(Averaging):
         if nranks == 1:
             return
         distances = self._distances(nranks)
-        sent_parameters = w.copy()  # neighbours get what there was before any of it is mixed
+        # Messages are MPI's own, which may know nothing of GPUs.
+        sent_parameters = host_copy(w)  # neighbours get what there was before any of it is mixed
         for distance in distances:
             send_to, recv_from = (self.comm.rank + distance) % nranks, (self.comm.rank - distance) % nranks
             self.comm.Sendrecv(sent_parameters, send_to, recvbuf=self._received, source=recv_from)
-            w += self._received
+            w += beside(self._received, w)
         w /= len(distances) + 1
         self.bytes_sent += w.nbytes * len(distances)
 

@@ -17,24 +17,24 @@ so that the sum over all parts is the mean gradient of the batch, however uneven
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from time import perf_counter
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from mpi4py import MPI
 
-from mpicoll.train.arrays import Array
+from mpicoll.train.arrays import Array, beside
 from mpicoll.train.model import Sequential
 from mpicoll.train.optimizer import Optimizer
+from mpicoll.train.stopwatch import stopwatch
 
 
 class Strategy:
     """The parts that are the same in most. ``comm`` has the ranks that share each batch.
 
-    ``bytes_sent`` counts what this rank has given to others in its steps, ``seconds`` the time that it spent
-    on communicating and waiting, beside computing.
+    ``bytes_sent`` counts what this rank has given to others in its steps, ``seconds`` the time that it, or
+    its GPU, spent on communicating and waiting, beside computing.
     """
 
     name = ""
@@ -50,7 +50,7 @@ class Strategy:
         self.parts = comm.size
         self.own_parts = range(comm.rank, comm.rank + 1)
         self.bytes_sent = 0.0
-        self.seconds = 0.0
+        self._stopwatch = stopwatch(model.parameters)
 
     def start(self) -> None:
         """Before the first step: w_r = w_0, rank 0's parameters on all ranks. Collective."""
@@ -97,7 +97,8 @@ class Strategy:
         """Take up the optimizer's state again. Collective."""
         self.optimizer.steps = steps
         for name, vector in vectors.items():
-            self.optimizer.state[name][...] = self.own(vector)
+            state = self.optimizer.state[name]
+            state[...] = beside(self.own(vector), state)
 
     def own_arrays(self) -> dict[str, Array]:
         """What only this rank has and needs to go on: a checkpoint keeps it, for as many ranks."""
@@ -117,12 +118,14 @@ class Strategy:
     def close(self) -> None:
         """Give up what was allocated. Collective."""
 
-    @contextmanager
-    def communicating(self) -> Iterator[None]:
+    @property
+    def seconds(self) -> float:
+        """See the class. Waits for a GPU to have done what it was given."""
+        return self._stopwatch.seconds
+
+    def communicating(self) -> AbstractContextManager[None]:
         """Count the time spent here."""
-        start = perf_counter()
-        yield
-        self.seconds += perf_counter() - start
+        return self._stopwatch.running()
 
 
 def check_choice(argument: str, value: Any, choices: Sequence[str]) -> None:

@@ -20,7 +20,7 @@ from mpi4py import MPI
 
 from mpicoll.grouped import new_bucket
 from mpicoll.schedule import chunk_bounds
-from mpicoll.train.arrays import Array
+from mpicoll.train.arrays import Array, array_module
 from mpicoll.train.layouts import bytes_sent
 from mpicoll.train.mirror import Mirror
 from mpicoll.train.model import Sequential
@@ -40,7 +40,7 @@ class Sharded(Strategy):
         self.begin, self.end = (int(bound) for bound in bounds[comm.rank : comm.rank + 2])
         self.counts = np.diff(bounds).tolist()
         self.trained = np.diff(np.minimum(bounds, model.tensors.trainable)).tolist()
-        self.gradient = new_bucket(self.end - self.begin, parameters.dtype)
+        self.gradient = _room(self.end - self.begin, parameters)
         shard = parameters[self.begin : self.end]
         optimizer.bind(shard, model.tensors.cut(self.begin, self.end, comm))
         self.mirror: Mirror | None = None
@@ -72,10 +72,16 @@ class Sharded(Strategy):
 
     def whole(self, own: Array) -> Array:
         """All shards of a vector of the optimizer's."""
-        whole = np.empty(sum(self.trained), own.dtype)
+        whole = array_module(own).empty(sum(self.trained), own.dtype)
         self.comm.Allgatherv(own, [whole, self.trained])
         return whole
 
     def own(self, whole: Array) -> Array:
         """This rank's shard."""
         return whole[self.begin : self.end]
+
+
+def _room(count: int, like: Array) -> Array:
+    """For so many elements, where ``like`` is; on the host the node's other ranks can read it."""
+    xp = array_module(like)
+    return new_bucket(count, like.dtype) if xp is np else xp.empty(count, like.dtype)
