@@ -2,9 +2,9 @@
 
 First the tests that need no MPI or start jobs themselves, then those that need it on 1, 2 and 3 ranks, and
 those marked ``algorithms`` on 4, 5, 7 and 8; then those on several hosts and under Slurm, which this machine
-pretends to be where it allows that. Ends with one line of counts, and with a status other than 0 if anything
-failed or nothing ran. Needs the standard library and mpicoll.launch; run it with the Python that the tests
-are to use.
+pretends to be where it allows that. Ends with what failed and what it printed last, with a table of counts,
+and with a status other than 0 if anything failed or nothing ran. Needs the standard library and
+mpicoll.launch; run it with the Python that the tests are to use.
 """
 
 from __future__ import annotations
@@ -17,11 +17,13 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 from mpicoll import launch
 
@@ -30,6 +32,7 @@ RANKS = (1, 2, 3, 4, 5, 7, 8)
 EVERY_TEST_UP_TO = 3  # ranks; above, only what depends on the number of ranks
 LIMIT = 900.0  # seconds for one launch: an end to what the deadlines of single tests do not catch
 DYING = 10.0  # seconds that a launcher gets to end its ranks
+LAST_WORDS = 4000  # bytes of what a failed launch printed, to read at the end without looking for them
 SEVERITY = ("skipped", "passed", "failed")  # ranks may differ: the last of their outcomes counts
 
 
@@ -39,6 +42,15 @@ class Launch:
 
     name: str
     command: list[str]
+
+
+@dataclass(frozen=True)
+class Result:
+    """What came of one launch: outcomes counted, the tests that failed, and the end of what it printed."""
+
+    counts: Counter[str]
+    failed: list[str]
+    last_words: str
 
 
 def launches(only: str | None, ranks: Sequence[int], extra: Sequence[str]) -> list[Launch]:
@@ -64,8 +76,8 @@ def mpi_launch(nranks: int, pytest: Sequence[str], extra: Sequence[str]) -> Laun
     return Launch(f"tests/mpi on {nranks} ranks", launch.command(nranks, [*pytest, *chosen, *extra]))
 
 
-def run(job: Launch, limit: float) -> Counter[str]:
-    """Run one launch to its end and count its tests' outcomes."""
+def run(job: Launch, limit: float) -> Result:
+    """Run one launch to its end."""
     print(f"\n=== {job.name}: {shlex.join(job.command)}", flush=True)
     with tempfile.TemporaryDirectory(prefix="mpicoll-tests-", ignore_cleanup_errors=True) as directory:
         record = Path(directory, "record")
@@ -77,13 +89,14 @@ def run(job: Launch, limit: float) -> Counter[str]:
             "PRTE_MCA_prte_tmpdir_base": directory,
         }
         environment = {**launch.environment(job.command[0]), **settings}
-        status = run_limited(job.command, environment, limit)
-        counts = Counter(outcomes(record.read_text()).values())
+        status, last_words = run_limited(job.command, environment, limit)
+        found = outcomes(record.read_text())
+    counts = Counter(found.values())
     nothing_selected = status == 5 and not counts
     if status and not nothing_selected and not counts["failed"]:
         print(f"=== {job.name} ended with status {status}, though no test said that it failed")
         counts["failed"] += 1
-    return counts
+    return Result(counts, [test for test in found if found[test] == "failed"], last_words)
 
 
 def outcomes(record: str) -> dict[str, str]:
@@ -95,17 +108,39 @@ def outcomes(record: str) -> dict[str, str]:
     return found
 
 
-def run_limited(command: Sequence[str], environment: dict[str, str], limit: float) -> int:
-    """The command's status; past ``limit`` seconds its whole process group is ended."""
-    process = subprocess.Popen(command, env=environment, cwd=ROOT, start_new_session=True)
+def run_limited(command: Sequence[str], environment: dict[str, str], limit: float) -> tuple[int, str]:
+    """The command's status and last words; past ``limit`` seconds its whole process group is ended."""
+    process = subprocess.Popen(
+        command,
+        env=environment,
+        cwd=ROOT,
+        start_new_session=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        bufsize=0,
+    )
+    words = bytearray()
+    echo = threading.Thread(target=pass_on, args=(process.stdout, words), daemon=True)
+    echo.start()
     try:
-        return process.wait(limit)
+        status = process.wait(limit)
     except subprocess.TimeoutExpired:
         print(f"=== stopped: not done after {limit:g} s", flush=True)
-        return end(process)
+        status = end(process)
     except KeyboardInterrupt:
         end(process)
         raise
+    echo.join(DYING)  # what a survivor still holds open is not waited for
+    return status, words[-LAST_WORDS:].decode(errors="replace")
+
+
+def pass_on(source: BinaryIO, words: bytearray) -> None:
+    """Print what comes from ``source`` as it comes, and keep the end of it in ``words``."""
+    while piece := source.read(1 << 16):
+        sys.stdout.buffer.write(piece)
+        sys.stdout.buffer.flush()
+        words += piece
+        del words[: -2 * LAST_WORDS]
 
 
 def end(process: subprocess.Popen[bytes]) -> int:
@@ -138,12 +173,16 @@ def main() -> None:
 
     total: Counter[str] = Counter()
     table = []
+    failures = []
     for job in launches(arguments.only, arguments.ranks, arguments.extra):
         start = time.monotonic()
-        counts = run(job, arguments.limit)
-        table.append(f"{job.name:24}{summary(counts)}  ({time.monotonic() - start:.0f} s)")
-        total += counts
-    print("", "=== in all", *table, summary(total), sep="\n")
+        result = run(job, arguments.limit)
+        table.append(f"{job.name:24}{summary(result.counts)}  ({time.monotonic() - start:.0f} s)")
+        table += [f"    failed: {test}" for test in result.failed]
+        if result.counts["failed"]:
+            failures += [f"\n=== {job.name} failed, and printed last:", result.last_words.rstrip()]
+        total += result.counts
+    print(*failures, "\n=== in all", *table, summary(total), sep="\n")
     sys.exit(1 if total["failed"] or not total["passed"] else 0)
 
 

@@ -225,7 +225,7 @@ def test_runner_stops_what_takes_too_long(tmp_path: Path) -> None:
     survivor = tmp_path / "survivor"
     job = run.Launch("sleep", ["sh", "-c", f"(sleep 3; touch {survivor}) & sleep 60"])
     start = time.monotonic()
-    assert run.run(job, limit=0.5) == Counter(failed=1)
+    assert run.run(job, limit=0.5).counts == Counter(failed=1)
     assert time.monotonic() - start < 30
     time.sleep(3.5)
     assert not survivor.exists(), "the whole process group ends"
@@ -241,11 +241,34 @@ def test_runner_gives_launchers_a_directory_of_their_own(tmp_path: Path) -> None
 
 
 def test_runner_counts_a_crash_as_a_failure() -> None:
-    assert run.run(run.Launch("crash", ["sh", "-c", "exit 3"]), limit=10)["failed"] == 1
+    assert run.run(run.Launch("crash", ["sh", "-c", "exit 3"]), limit=10).counts["failed"] == 1
 
 
 def test_runner_counts_nothing_selected_as_nothing() -> None:
-    assert run.run(run.Launch("nothing", ["sh", "-c", "exit 5"]), limit=10)["failed"] == 0
+    assert run.run(run.Launch("nothing", ["sh", "-c", "exit 5"]), limit=10).counts["failed"] == 0
+
+
+def test_runner_says_at_the_end_what_failed(tmp_path: Path) -> None:
+    """Where only the end of a long output is kept, it is enough to know what to mend."""
+    tests = tmp_path / "test_planted.py"
+    more = "".join(f"def test_{n}(): pass\n" for n in range(30))
+    tests.write_text(f"def test_planted(): assert 1 == 2\n{more}")
+    shutil.copy(TESTS / "conftest.py", tmp_path / "conftest.py")
+    line = [sys.executable, str(TESTS / "run.py"), "--only", "hosts", "--", str(tests)]
+    environment = launch.environment(line[0])
+    done = subprocess.run(line, capture_output=True, text=True, timeout=LIMIT, env=environment)
+    assert done.returncode == 1
+    once, again, end = re.split("=== tests/hosts failed, and printed last:\n|\n=== in all\n", done.stdout)
+    assert "assert 1 == 2" in once and "assert 1 == 2" in again
+    assert re.search(r"tests/hosts +30 passed, 1 failed .*\n    failed: .*test_planted\n", end)
+
+
+def test_runner_does_not_wait_for_a_survivor_that_holds_its_output(capfd: pytest.CaptureFixture[str]) -> None:
+    start = time.monotonic()
+    result = run.run(run.Launch("survivor", ["sh", "-c", "echo said; setsid sleep 30 & exit 3"]), limit=20)
+    assert result.last_words == "said\n"
+    assert time.monotonic() - start < 25
+    assert "said" in capfd.readouterr().out
 
 
 def test_outcome_is_the_worst_of_all_ranks() -> None:
