@@ -35,6 +35,21 @@ OPERATIONS = {
 }
 
 
+_ended: list[Any] = []  # gloo's groups that nobody uses any more
+
+
+def end_groups() -> None:
+    """Leave all of PyTorch's process groups, as ``destroy_process_group`` does, but do not wait for ever.
+
+    Some time after a gradient's sum is complete one of gloo's threads lets go of it, for which it needs
+    Python's lock. A group's destructor holds that lock while it waits for these threads to end. So a group is
+    kept until others have been made and left, long after its threads have nothing more to do.
+    """
+    groups = dist.distributed_c10d._world.pg_map.items()
+    _ended[:] = [group for group, (backend, _) in groups if "gloo" in backend]
+    dist.destroy_process_group()
+
+
 @contextmanager
 def gloo(comm: MPI.Intracomm, memory: Memory) -> Iterator[Contender]:
     """gloo on the ranks of ``comm``, which are on one node, for as long as the block lasts."""
@@ -46,7 +61,7 @@ def gloo(comm: MPI.Intracomm, memory: Memory) -> Iterator[Contender]:
     dist.init_process_group("gloo", store=store, rank=comm.rank, world_size=comm.size)
     yield Contender("gloo", memory, _bind, ours=False)
     comm.Barrier()  # the store is rank 0's, and the others may still be talking to it
-    dist.destroy_process_group()
+    end_groups()
 
 
 def _bind(problem: Problem, placement: Placement) -> Action:

@@ -21,7 +21,7 @@ from mpicoll import Communicator
 
 from .contenders import Action, Contender, Placement, Unsupported, private_memory
 from .data import Problem
-from .gloo import allgather, reduce_scatter
+from .gloo import allgather, end_groups, reduce_scatter
 from .jobs import say
 from .timing import Settings, Timed, measure
 
@@ -43,7 +43,7 @@ def groups(comm: Communicator) -> Iterator[dict[str, Any]]:
     mpicoll.torch.init()
     yield {OURS: dist.distributed_c10d._get_default_group(), GLOO: dist.new_group(backend=GLOO)}
     MPI.Intracomm(comm).Barrier()  # gloo's ends of a connection go together
-    dist.destroy_process_group()
+    end_groups()
     torch.set_num_threads(threads)
 
 

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import json
+import weakref
 from pathlib import Path
 from typing import Any
 
 import pytest
 from mpi4py import MPI
 from mpicoll.bench import torch_backend
+from mpicoll.bench.contenders import private_memory
 from mpicoll.bench.jobs import USAGE_ERROR, WRONG
 from mpicoll.bench.torch_backend import CALLS, run
 
 import mpicoll
 
 torch = pytest.importorskip("torch")
+gloo = pytest.importorskip("mpicoll.bench.gloo").gloo
 torch_steps = pytest.importorskip("mpicoll.bench.torch_steps")
 group = pytest.importorskip("mpicoll.torch.group")
 
@@ -36,6 +39,17 @@ def report_of(capsys: pytest.CaptureFixture[str], file: Path, *arguments: str, s
         return json.loads(file.read_text()), said.out, said.err
     assert said.out == said.err == ""
     return None
+
+
+def test_groups_over_gloo_go_when_their_threads_have_long_been_idle() -> None:
+    """What they do after the last collective takes Python's lock, which a destructor does not let go."""
+    found = []
+    for _ in range(2):
+        with gloo(COMM, private_memory(0)):
+            found.append(weakref.ref(torch.distributed.group.WORLD))
+        assert not torch.distributed.is_initialized()
+        assert found[-1]() is not None
+    assert found[0]() is None
 
 
 def test_collectives_beside_gloo_and_the_communicator(

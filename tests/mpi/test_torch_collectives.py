@@ -23,6 +23,7 @@ torch = pytest.importorskip("torch")
 
 import torch.distributed as dist  # noqa: E402
 import torch.distributed._functional_collectives as functional  # noqa: E402
+from mpicoll.bench.gloo import end_groups  # noqa: E402
 from torch._C import _distributed_c10d as _c10d  # noqa: E402
 from torch._C._distributed_c10d import _make_nccl_premul_sum as premul_sum  # noqa: E402
 from torch.distributed import ReduceOp  # noqa: E402
@@ -58,7 +59,7 @@ class Pair(NamedTuple):
 def pair() -> Iterator[Pair]:
     mpicoll.torch.init()
     yield Pair(dist.new_group(), dist.new_group(backend="gloo"))
-    dist.destroy_process_group()
+    end_groups()
 
 
 @contextmanager

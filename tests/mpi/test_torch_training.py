@@ -23,6 +23,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as checkpoint
 from mpi4py import MPI
+from mpicoll.bench.gloo import end_groups
 from torch import nn
 from torch.distributed import _functional_collectives as functional
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_hook
@@ -64,7 +65,7 @@ def gloo() -> Iterator[Group]:
     torch.set_num_threads(1)
     mpicoll.torch.init()
     yield dist.new_group(backend="gloo")
-    dist.destroy_process_group()
+    end_groups()
     torch.set_num_threads(threads)
 
 
