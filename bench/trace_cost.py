@@ -2,16 +2,19 @@
 
     mpirun -np 2 python -m mpicoll.bench.trace_cost --json trace_cost.json
 
-Two trainers of the same network on the same data take epochs in turn; one of them is recorded. A network's
-cost is the median over epochs of the ratio of their times in steps (the slowest rank's), less one. What is
-asked is less than `ASKED`. A small allreduce is measured as well: it shows what one event costs.
+Three trainers of the same network on the same data take epochs in turn; one of them is recorded. A network's
+cost is the median over epochs of the ratio of its time in steps (the slowest rank's) to that of one that is
+not, less one. The other that is not recorded shows how far two trainers differ by themselves: by where their
+memory lies, above all, so several sets are made, in different orders. What is asked is less than `ASKED`. A
+small allreduce is measured as well: it shows what one event costs.
 """
 
 from __future__ import annotations
 
 import sys
 import time
-from itertools import repeat
+from collections.abc import Sequence
+from itertools import permutations, repeat
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -38,6 +41,7 @@ BATCH = 32
 ROOM = 2_000_000  # events
 CALLS = 200  # of the allreduce, in a turn
 TURNS = 41
+ROLES = "off", "on", "again"
 
 
 def trainer(comm: mpicoll.Communicator, data: Dataset, hidden: tuple[int, ...]) -> Trainer:
@@ -49,33 +53,47 @@ def trainer(comm: mpicoll.Communicator, data: Dataset, hidden: tuple[int, ...]) 
 def measure_steps(
     world: MPI.Intracomm, data: Dataset, hidden: tuple[int, ...], epochs: int
 ) -> dict[str, Any]:
-    """Microseconds of a step, off and on, and the cost; on all ranks."""
-    comms = [mpicoll.Communicator(world) for _ in range(2)]
-    recorder = Recorder(comms[1], ROOM)
-    recorder.attach(comms[1])
-    off, on = trainers = [trainer(comm, data, hidden) for comm in comms]
-    watch_training(recorder, on, Keeper())
-    seconds: list[tuple[float, float]] = []
-    for epoch in range(1, epochs + 2):
-        for each in trainers[:: 1 if epoch % 2 else -1]:
-            each.train(epoch)
-        if epoch > 1:  # the first compiles
-            seconds.append((off.history[-1].seconds, on.history[-1].seconds))
-    recorder.detach()
-    steps = off.steps_per_epoch
-    parameters = off.parameter_count()
-    for each, comm in zip(trainers, comms, strict=True):
-        each.close()
-        comm.Free()
-    cost = median(with_trace / without for without, with_trace in seconds) - 1
+    """Microseconds of a step, off and on, the cost, and how far two differ anyway; on all ranks."""
+    sets = [measure_set(world, data, hidden, epochs, order) for order in permutations(ROLES)]
+    times = {role: [t for each in sets for t in each[role]] for role in ROLES}
+    cost, difference = (
+        median(time / off for time, off in zip(times[role], times["off"], strict=True)) - 1
+        for role in ("on", "again")
+    )
     return {
-        "parameters": parameters,
-        "us_off": 1e6 * median(without for without, _ in seconds) / steps,
-        "us_on": 1e6 * median(with_trace for _, with_trace in seconds) / steps,
-        "events_per_step": len(recorder._events) / (steps * (epochs + 1)),
+        "parameters": sets[0]["parameters"],
+        "us_off": 1e6 * median(times["off"]),
+        "us_on": 1e6 * median(times["on"]),
+        "events_per_step": sets[0]["events_per_step"],
         "cost": cost,
         "below": cost < ASKED,
+        "again": difference,
     }
+
+
+def measure_set(
+    world: MPI.Intracomm, data: Dataset, hidden: tuple[int, ...], epochs: int, order: Sequence[str]
+) -> dict[str, Any]:
+    """Seconds of a step in each epoch, by role; the trainers are made, and take turns, in this order."""
+    comms = {role: mpicoll.Communicator(world) for role in order}
+    recorder = Recorder(comms["on"], ROOM)
+    recorder.attach(comms["on"])
+    trainers = {role: trainer(comm, data, hidden) for role, comm in comms.items()}
+    watch_training(recorder, trainers["on"], Keeper())
+    steps = trainers["off"].steps_per_epoch
+    times: dict[str, list[float]] = {role: [] for role in order}
+    for epoch in range(1, epochs + 2):
+        for role in order[:: 1 if epoch % 2 else -1]:
+            last = trainers[role].train(epoch)[-1]
+            if epoch > 1:  # the first compiles
+                times[role].append(last.seconds / steps)
+    recorder.detach()
+    parameters = trainers["off"].parameter_count()
+    for role, comm in comms.items():
+        trainers[role].close()
+        comm.Free()
+    events = len(recorder._events) / (steps * (epochs + 1))
+    return {**times, "parameters": parameters, "events_per_step": events}
 
 
 def measure_call(world: MPI.Intracomm) -> dict[str, float]:
@@ -100,7 +118,7 @@ def measure_call(world: MPI.Intracomm) -> dict[str, float]:
 
 
 @click.command("trace_cost", context_settings={"show_default": True, "help_option_names": ["-h", "--help"]})
-@click.option("--epochs", type=click.IntRange(1), default=15, help="Of each network, off and on.")
+@click.option("--epochs", type=click.IntRange(1), default=15, help="Of each trainer.")
 @json_option
 def command(epochs: int, json: Path | None) -> None:
     """Measure what recording costs, on all ranks that mpirun started. Exit status 1: more than asked.
@@ -114,10 +132,10 @@ def command(epochs: int, json: Path | None) -> None:
     rows = [{"hidden": name, **measure_steps(world, data, own, epochs)} for name, own in NETWORKS.items()]
     small = measure_call(world)
     if world.rank == 0:
-        click.echo(f"{'hidden':12}{'µs off':>10}{'µs on':>10}{'events':>8}{'cost':>8}")
+        click.echo(f"{'hidden':12}{'µs off':>10}{'µs on':>10}{'events':>8}{'cost':>8}{'again':>8}")
         for row in rows:
             times = f"{row['us_off']:10.1f}{row['us_on']:10.1f}{row['events_per_step']:8.1f}"
-            click.echo(f"{row['hidden']:12}{times}{row['cost']:8.1%}")
+            click.echo(f"{row['hidden']:12}{times}{row['cost']:8.1%}{row['again']:8.1%}")
         click.echo(f"{'4 B':12}{small['us_off']:10.2f}{small['us_on']:10.2f}")
         if json is not None:
             line = ["mpirun", "-np", str(world.size), "python", "-m", "mpicoll.bench.trace_cost"]

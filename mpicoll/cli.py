@@ -177,6 +177,9 @@ def verify_command(
     except ScheduleError as error:
         _report_failure(error, as_json)
         sys.exit(1)
+    except ValueError as error:
+        option = "--ranks" if nodes is None else "--nodes"
+        raise click.BadParameter(str(error).removeprefix("nranks: "), param_hint=option) from None
     seconds = time.perf_counter() - started
     single = collective is not None and algorithm is not None and len(ranks) == 1 and ranks[0] <= ORDER_UP_TO
     orders = _orders(str(collective), str(algorithm), ranks[0], nodes) if single else []
@@ -224,6 +227,7 @@ def _check_nodes(
     """Whether --nodes, --algorithm and COLLECTIVE go together."""
     if (nodes is not None) != (algorithm == NAME):
         given = f"--algorithm {algorithm}" if algorithm is not None else "no --algorithm"
+        given += " alone" if nodes is None else ""
         raise click.BadParameter(
             f"expected together with --algorithm {NAME}, and only with it; got {given}",
             param_hint="--nodes",

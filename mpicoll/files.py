@@ -11,6 +11,9 @@ from pathlib import Path
 
 def why_unwritable(path: Path) -> str:
     """Why ``path`` could not be written later, with `replacing`; empty if it could."""
+    path = _target(path)
+    if _is_special(path):
+        return "" if os.access(path, os.W_OK) else "Permission denied"
     try:
         if path.is_dir():
             raise IsADirectoryError(None, "it is a directory")
@@ -25,8 +28,13 @@ def why_unwritable(path: Path) -> str:
 def replacing(path: Path) -> Iterator[Path]:
     """A temporary name beside ``path``: what the block writes to it is synced, then renamed to ``path``.
 
-    So a reader finds the old file or the new one, whole. Raises OSError.
+    So a reader finds the old file or the new one, whole. What is no file, such as /dev/null or a pipe, is
+    not replaced but written to. Raises OSError.
     """
+    path = _target(path)
+    if _is_special(path):
+        yield path
+        return
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary
@@ -35,3 +43,12 @@ def replacing(path: Path) -> Iterator[Path]:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _target(path: Path) -> Path:
+    """The file itself, where ``path`` is a link to it: the link stays."""
+    return Path(os.path.realpath(path))
+
+
+def _is_special(path: Path) -> bool:
+    return path.exists() and not path.is_file() and not path.is_dir()

@@ -295,7 +295,7 @@ def number_list(numbers: Sequence[int]) -> str:
     return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in zip(starts, ends, strict=True))
 
 
-@click.command("info")
+@click.command("info", context_settings={"help_option_names": ["-h", "--help"]})
 @click.option("--json", "as_json", is_flag=True, help="Print JSON, with every rank in it.")
 @click.option("--env", "settings", is_flag=True, help="Print the settings of a CUDA-aware Open MPI instead.")
 def command(as_json: bool, settings: bool) -> None:

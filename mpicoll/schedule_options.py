@@ -15,6 +15,7 @@ from mpicoll.schedule import COLLECTIVES, Schedule
 
 MAX_RANKS = 100_000  # more is a typing error: the largest machines have fewer nodes
 MOST_DIGITS = len(str(MAX_RANKS))
+MOST_CHUNKS = 100_000  # more is a typing error: each would be a message of its own
 
 # What functions call their arguments, and the options that they come from.
 OPTIONS = {"nranks": "--ranks", "root": "--root", "nchunks": "--chunks", "rounds": "--chunks"}
@@ -49,7 +50,7 @@ def schedule_options(command: Command) -> Command:
             click.option(
                 "--chunks",
                 metavar="N",
-                type=click.IntRange(1),
+                type=click.IntRange(1, MOST_CHUNKS),
                 help="How many, for algorithms that pipeline.",
             ),
             click.option(
@@ -116,8 +117,9 @@ def named_options(nodes: Topology | None) -> Iterator[None]:
 def _checked(collective: str, algorithm: str, nodes: Topology | None, across: str | None) -> str:
     """The algorithm that may pipeline: the one, or the one between nodes."""
     if (nodes is not None) != (algorithm == NAME):
+        given = f"--algorithm {algorithm}" + (" alone" if nodes is None else "")
         raise click.BadParameter(
-            f"expected together with --algorithm {NAME}, and only with it; got --algorithm {algorithm}",
+            f"expected together with --algorithm {NAME}, and only with it; got {given}",
             param_hint="--nodes",
         )
     if nodes is None:

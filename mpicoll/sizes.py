@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+_LIMIT = 1 << 63  # bytes: NumPy's integers end here
 
 
 def parse_size(text: str) -> int:
@@ -12,7 +13,10 @@ def parse_size(text: str) -> int:
     match = re.fullmatch(r"(\d+(?:\.\d+)?)([KMGT]?)B?", text.strip().upper())
     if match is None:
         raise ValueError(f"size: expected a number with K, M, G or T behind it, such as 64K, got {text!r}")
-    return int(float(match[1]) * _UNITS[match[2]])
+    size = float(match[1]) * _UNITS[match[2]]
+    if size >= _LIMIT:
+        raise ValueError(f"size: expected less than {format_size(_LIMIT)}, got {text!r}")
+    return int(match[1]) * _UNITS[match[2]] if match[1].isdecimal() else int(size)
 
 
 def format_size(nbytes: int) -> str:

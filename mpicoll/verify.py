@@ -32,6 +32,8 @@ from mpicoll import algorithms
 from mpicoll.algorithms.hierarchical import Topology
 from mpicoll.schedule import COLLECTIVES, COPY, REDUCE, Round, Schedule, Transfer
 
+# Chunks on all ranks together. Proving keeps a number for each; more is a damaged file, or a day's work.
+MOST_PLACES = 1 << 24
 EVERY_ROOT_UP_TO = 33  # ranks; beyond, four roots: the time for all of them grows with the cube of the ranks
 # For pipelines: no pipeline, one chunk per tree, uneven, longer than the start-up.
 CHUNK_COUNTS = (1, 2, 3, 8)
@@ -132,7 +134,13 @@ class Trees:
 
 
 def verify(schedule: Schedule) -> Proof:
-    """Proof that ``schedule`` is right, or `ScheduleError`."""
+    """Proof that ``schedule`` is right, or `ScheduleError`. `ValueError` if it has too many chunks."""
+    nplaces = schedule.nranks * schedule.nchunks
+    if nplaces > MOST_PLACES:
+        raise ValueError(
+            f"nranks: expected at most {MOST_PLACES:,} chunks on all ranks together to prove, "
+            f"got {schedule.name} with {nplaces:,} on {schedule.nranks:,} ranks"
+        )
     trees = Trees(schedule.nranks)
     held = _start(schedule)
     complete = _complete(schedule, held)

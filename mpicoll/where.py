@@ -33,7 +33,7 @@ def ranks_below(pid: int) -> list[int]:
     return [process for process in processes_below(pid) if local_name(process).replace("\0", "@") in names]
 
 
-@click.command("where")
+@click.command("where", context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("pid", type=click.IntRange(1))
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of lines.")
 def command(pid: int, as_json: bool) -> None:

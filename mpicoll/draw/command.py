@@ -13,6 +13,7 @@ from mpicoll.draw.figure import SUFFIXES, picture
 from mpicoll.draw.story import tell
 from mpicoll.draw.table import WIDTH, text
 from mpicoll.draw.webpage import ELSEWHERE, MOST_RANKS, as_data, page
+from mpicoll.files import replacing
 from mpicoll.schedule import Schedule
 from mpicoll.schedule_options import chosen_schedule, named_options, schedule_options
 
@@ -70,7 +71,8 @@ def command(output: Path | None, as_json: bool, **chosen: Any) -> None:
 def _write(schedule: Schedule, output: Path) -> None:
     try:
         if output.suffix.lower() == ".html":
-            output.write_text(page(schedule), encoding="utf-8")
+            with replacing(output) as temporary:
+                temporary.write_text(page(schedule), encoding="utf-8")
         else:
             picture(schedule, output)
     except ModuleNotFoundError as error:

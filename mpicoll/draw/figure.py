@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mpicoll.draw.story import Held, Message, Step, Story, chunk_name, chunk_names, colours, tell, title
+from mpicoll.files import replacing
 from mpicoll.schedule import COLLECTIVES, Schedule
 
 SUFFIXES = (".svg", ".png")
@@ -61,7 +62,8 @@ def picture(schedule: Schedule, path: Path | str) -> None:
     # Text stays text, and equal schedules give equal files.
     with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": "mpicoll"}):
         dated = {"metadata": {"Date": None}} if suffix == ".svg" else {}
-        draw_figure(story).savefig(path, format=suffix[1:], dpi=110, **dated)
+        with replacing(Path(path)) as temporary:
+            draw_figure(story).savefig(temporary, format=suffix[1:], dpi=110, **dated)
 
 
 @dataclass(frozen=True)

@@ -44,9 +44,11 @@ def loads(text: str, format: str, collective: str | None = None) -> Schedule:
 def load(path: str | Path, collective: str | None = None) -> Schedule:
     """The schedule in a file, of whichever format; see `loads`. `OSError` if it cannot be read."""
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = Path(path).read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise ExchangeError(f"byte {error.start}: expected text in UTF-8") from None
+    if not text.strip():
+        raise ExchangeError("expected MSCCL's XML or GOAL, got an empty file")
     return loads(text, "msccl" if text.lstrip().startswith("<") else "goal", collective)
 
 

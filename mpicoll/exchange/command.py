@@ -10,10 +10,13 @@ from click.core import ParameterSource
 
 from mpicoll import exchange
 from mpicoll.exchange import goal, msccl
-from mpicoll.schedule_options import chosen_schedule, schedule_options
+from mpicoll.files import replacing, why_unwritable
+from mpicoll.schedule import Schedule, run_lengths
+from mpicoll.schedule_options import chosen_schedule, named_options, schedule_options
 from mpicoll.sizes import format_size, parse_size
 
 MOST_RANKS = 10_000
+MOST_TRANSFERS = 1 << 21  # a file of some 0.5 GB, and ten times as much memory to write it
 
 
 def _size_option(ctx: click.Context, param: click.Parameter, text: str) -> int:
@@ -21,6 +24,12 @@ def _size_option(ctx: click.Context, param: click.Parameter, text: str) -> int:
         return parse_size(text)
     except ValueError as error:
         raise click.BadParameter(str(error).removeprefix("size: ")) from None
+
+
+def _output_option(ctx: click.Context, param: click.Parameter, path: Path | None) -> Path | None:
+    if path is not None and (reason := why_unwritable(path)):
+        raise click.BadParameter(f"expected a file that can be written, got {str(path)!r}: {reason}")
+    return path
 
 
 @click.command("export", context_settings={"help_option_names": ["-h", "--help"]})
@@ -42,8 +51,15 @@ def _size_option(ctx: click.Context, param: click.Parameter, text: str) -> int:
     show_default=True,
     help="Nanoseconds to reduce a byte; for goal.",
 )
-@click.option("-o", "--output", metavar="FILE", type=click.Path(dir_okay=False), help="Default: print it.")
-def command(format: str, size: int, gamma: float, output: str | None, **chosen: Any) -> None:
+@click.option(
+    "-o",
+    "--output",
+    metavar="FILE",
+    type=click.Path(path_type=Path, dir_okay=False),
+    callback=_output_option,
+    help="Default: print it.",
+)
+def command(format: str, size: int, gamma: float, output: Path | None, **chosen: Any) -> None:
     """Write an algorithm's schedule for other tools: MSCCL's XML, or GOAL of LogGOPSim.
 
     COLLECTIVE is one of allreduce, reduce_scatter, allgather, broadcast, reduce, gather, scatter, alltoall,
@@ -58,16 +74,32 @@ def command(format: str, size: int, gamma: float, output: str | None, **chosen: 
     """
     _check_goal_options(format)
     schedule = chosen_schedule("export", MOST_RANKS, "", **chosen)
-    text = exchange.dumps(schedule, format, size=size, gamma=gamma)
+    _check_transfers(schedule)
+    with named_options(chosen["nodes"]):
+        text = exchange.dumps(schedule, format, size=size, gamma=gamma)
     for excess in msccl.beyond_limits(text) if format == "msccl" else ():
         click.echo(f"Note: MSCCL's interpreter does not take {excess}; other tools may", err=True)
     if output is None:
         click.echo(text, nl=False)
         return
     try:
-        Path(output).write_text(text, encoding="utf-8")
+        with replacing(output) as temporary:
+            temporary.write_text(text, encoding="utf-8")
     except OSError as error:
         raise click.BadParameter(f"{output}: {error.strerror}", param_hint="--output") from None
+
+
+def _check_transfers(schedule: Schedule) -> None:
+    """Whether all transfers fit in memory, in which the file is made."""
+    transfers, first = 0, 0
+    for length in run_lengths(schedule):
+        transfers += length * len(schedule.make_round(first))
+        first += length
+    if transfers > MOST_TRANSFERS:
+        expected = f"at most {MOST_TRANSFERS:,} transfers to export"
+        raise click.UsageError(
+            f"expected {expected}, got {schedule.name} with {transfers:,} on {schedule.nranks:,} ranks"
+        )
 
 
 def _check_goal_options(format: str) -> None:

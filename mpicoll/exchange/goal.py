@@ -73,6 +73,9 @@ def dumps(schedule: Schedule, size: int = SIZE, gamma: float = GAMMA) -> str:
     """``schedule`` in GOAL: ``size`` bytes of data, all chunks together, ``gamma`` ns to reduce a byte."""
     if size < 0:
         raise ValueError(f"size: expected bytes, 0 or more; got {size}")
+    if size * schedule.nchunks >= 1 << 63:  # which bounds of chunks are computed from
+        most = ((1 << 63) - 1) // schedule.nchunks
+        raise ValueError(f"size: expected at most {most} bytes in {schedule.nchunks} chunks, got {size}")
     if not 0 <= gamma < float("inf"):
         raise ValueError(f"gamma: expected ns a byte, 0 or more; got {gamma}")
     head = {
@@ -146,7 +149,8 @@ def _head(text: str, nranks: int, nchunks: int, collective: str | None) -> Head:
             return _said(found[1], f"line {number}", nranks, collective)
     if collective is None:
         raise ExchangeError(
-            "collective: expected the file to say it in a comment, or to be told; got neither"
+            "collective: expected the file to say it in a comment, or to be told, as by "
+            "mpicoll verify COLLECTIVE --file FILE; got neither"
         )
     own_count = {"alltoall": nranks**2, "barrier": 1}
     fixed = collective in ("reduce_scatter", "allgather", "gather", "scatter")
@@ -159,7 +163,7 @@ def _said(text: str, where: str, nranks: int, collective: str | None) -> Head:
     try:
         said = json.loads(text)
         head = Head(str(said["name"]), said["collective"], nranks, said["nchunks"], said["root"])
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise ExchangeError(
             f"{where}: expected name, collective, nchunks and root in JSON; got {text[:60]!r}"
         ) from None

@@ -36,9 +36,7 @@ from typing import NamedTuple
 import numpy as np
 
 from mpicoll.schedule import COLLECTIVES, REDUCE, Round, Schedule, Transfer
-
-# Chunks on all ranks together. Proving keeps a number for each; more is a damaged file, or a day's work.
-MOST_PLACES = 1 << 24
+from mpicoll.verify import MOST_PLACES
 
 
 class ExchangeError(ValueError):

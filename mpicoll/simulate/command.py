@@ -16,12 +16,14 @@ from rich.table import Table
 from mpicoll import algorithms
 from mpicoll.files import why_unwritable
 from mpicoll.schedule import COLLECTIVES
+from mpicoll.schedule_options import MOST_CHUNKS
 from mpicoll.simulate import candidates, training
 from mpicoll.simulate.engine import Prediction, simulate_sizes
 from mpicoll.simulate.machine import DEFAULT, Machine, MachineError
 from mpicoll.simulate.pictures import SUFFIXES, draw_map, draw_scaling, format_seconds
 from mpicoll.sizes import format_size, parse_size
 
+MOST_DIGITS = 18  # what is longer is no number of ranks
 MAP_RANKS = (4, 16, 64, 256, 1024, 4096, 16384)
 MAP_SIZES = tuple(4**k for k in range(4, 16))  # 256 bytes to 1 GiB
 
@@ -30,7 +32,7 @@ def _numbers(ctx: click.Context, param: click.Parameter, text: str | None) -> li
     if text is None:
         return None
     parts = [part.strip() for part in text.split(",")]
-    if not all(part.isdecimal() and int(part) >= 1 for part in parts):
+    if not all(part.isdecimal() and len(part) <= MOST_DIGITS and int(part) >= 1 for part in parts):
         raise click.BadParameter(f"expected numbers, 1 or more, such as 64,4096; got {text!r}")
     return sorted({int(part) for part in parts})
 
@@ -85,7 +87,9 @@ _FILE = click.Path(path_type=Path)
 )
 @click.option("--root", type=click.IntRange(0), help="The root of a collective that has one.  [default: 0]")
 @click.option(
-    "--chunks", type=click.IntRange(1), help="Chunks of algorithms that pipeline.  [default: their own]"
+    "--chunks",
+    type=click.IntRange(1, MOST_CHUNKS),
+    help="Chunks of algorithms that pipeline.  [default: their own]",
 )
 @click.option(
     "--map", "map_path", metavar="FILE", type=_FILE, callback=_picture, help="Draw which is fastest where."
@@ -134,6 +138,8 @@ def command(
     """
     _check_together(collective, job, map_path, plot)
     try:
+        for nranks in ranks or ():
+            machine.check_fits(nranks)
         if job is not None:
             _training(job, machine, ranks, plot, as_json)
         elif map_path is not None:
@@ -321,8 +327,6 @@ def _map(
 
 
 def _training(name: str, machine: Machine, ranks: list[int] | None, plot: Path | None, as_json: bool) -> None:
-    for nranks in ranks or []:
-        machine.check_fits(nranks)
     with Progress(console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task("simulating", total=None)
 
@@ -360,9 +364,7 @@ def _print_scaling(scaling: training.Scaling) -> None:
 
 
 def _print_published(published: list[tuple[training.Published, training.Point]]) -> None:
-    table = Table(
-        title="published figures, weak scaling", caption="the model leaves out all but allreduces: see --help"
-    )
+    table = Table(title="published figures, weak scaling", caption="the model leaves out all but allreduces")
     for heading in ("source", "model", "machine"):
         table.add_column(heading)
     for heading in ("GPUs", "published", "predicted"):

@@ -13,6 +13,7 @@ receives R(r), reduces B(r) bytes of them, and takes f(r) times as long as other
     end(m)   = begin(m) + α + o (f(s) S(s) + f(d) R(d)) + b β'     β': of the slowest shared link of its path
     clock(r) = max(clock(r), end(m) of its messages) + f(r) γ B(r)
 
+At first all clocks stand at f(r) times the machine's ``start``: what it takes to begin a collective at all.
 Where a machine has a curve for it, b β' or γ B is multiplied by the curve's factor for messages of b bytes: a
 cache that they fit into, a protocol that changes.
 
@@ -84,7 +85,7 @@ def simulate_sizes(schedule: Schedule, sizes: Sequence[int], machine: Machine) -
     """`simulate` for several numbers of bytes in little more time than for one: each round is made once."""
     network = Network(machine, schedule.nranks)
     chunk = _chunk_bytes(schedule, np.asarray(sizes, np.float64))[:, None]
-    clocks = np.zeros((len(sizes), schedule.nranks))
+    clocks = np.tile(machine.start * network.slowness, (len(sizes), 1))
     tally = _Tally(network)
     step: _Step | None = None
     first = 0

@@ -16,6 +16,7 @@ A file, with seconds and bytes per second:
     about = "an example"
 
     [rank]
+    start = 1e-6                 # optional: seconds of a rank before its first message
     overhead = 0.5e-6            # seconds of a rank for each message that it sends or receives
     reduce_bandwidth = 20e9      # bytes per second that a rank reduces
     reduce_curve = [[4e6, 1.0], [64e6, 2.0]]   # optional: see curve, for what is reduced of a message
@@ -36,7 +37,7 @@ A file, with seconds and bytes per second:
     bandwidth = 1.6e9
     lanes = 2                    # optional: links of each part
 
-    [[stragglers]]               # optional: a rank whose overhead, reductions and own link take longer
+    [[stragglers]]               # optional: a rank whose start, overhead, reductions and link take longer
     rank = 3
     factor = 2.0
 
@@ -67,6 +68,11 @@ else:  # the same library under its older name
     import tomli as tomllib
 
 DEFAULT = "dgx-h100"
+
+# More are typing errors, which would end in a lack of memory.
+MOST_PARTS = 1_000_000_000  # of a level
+MOST_LINKS = 100_000_000  # inside a topology, of which each takes some 8 bytes, several times
+MOST_LANES = 1024  # of a part
 
 
 class MachineError(ValueError):
@@ -118,6 +124,7 @@ class Machine:
     stragglers: Mapping[int, float] = field(default_factory=dict)
     about: str = ""
     reduce_curve: Curve = NO_CURVE
+    start: float = 0.0
 
     @property
     def capacity(self) -> int:
@@ -161,7 +168,7 @@ class Machine:
         except (OSError, UnicodeDecodeError) as error:
             expected = f"a TOML file or one of {', '.join(cls.names())}"
             reason = error.strerror if isinstance(error, OSError) else "it is no text"
-            raise MachineError(f"machine: expected {expected}; got {str(path)!r}: {reason}") from None
+            raise MachineError(f"machine: expected {expected}; got {str(name_or_path)!r}: {reason}") from None
         return cls.loads(text, str(path))
 
     @classmethod
@@ -169,7 +176,7 @@ class Machine:
         """A machine from the text of a file; ``file`` is what errors call it."""
         try:
             table = tomllib.loads(text)
-        except tomllib.TOMLDecodeError as error:
+        except (ValueError, RecursionError) as error:  # syntax, a number too long, brackets too deep
             raise MachineError(f"{file}: expected TOML, got a syntax error: {error}") from None
         return _machine(_Fields(file, "", table))
 
@@ -215,10 +222,13 @@ class _Fields:
         value = self.take(name, expected)
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not value >= least:
             raise self.error(name, expected, repr(value))
-        return float(value)
+        try:
+            return float(value)
+        except OverflowError:
+            raise self.error(name, expected, repr(value)) from None
 
-    def seconds(self, name: str) -> float:
-        value = self.number(name, "seconds, 0 or more", 0)
+    def seconds(self, name: str, default: float | None = None) -> float:
+        value = self.number(name, "seconds, 0 or more", 0, default)
         if not isfinite(value):
             raise self.error(name, "seconds, 0 or more", repr(value))
         return value
@@ -226,18 +236,22 @@ class _Fields:
     def bandwidth(self, name: str, default: float | None = None) -> float:
         return self.number(name, "bytes per second, 1 or more", 1, default)
 
-    def count(self, name: str, default: int | None = None) -> int:
+    def count(self, name: str, default: int | None = None, most: int = MOST_PARTS) -> int:
         if name not in self.left and default is not None:
             return default
         value = self.take(name, "a whole number, 1 or more")
         if type(value) is not int or value < 1:
             raise self.error(name, "a whole number, 1 or more", repr(value))
+        if value > most:
+            raise self.error(name, f"at most {most}", repr(value))
         return value
 
     def counts(self, name: str) -> tuple[int, ...]:
         value = self.take(name, "a list of whole numbers, 1 or more")
         if not isinstance(value, list) or not value or any(type(n) is not int or n < 1 for n in value):
             raise self.error(name, "a list of whole numbers, 1 or more", repr(value))
+        if max(value) > MOST_PARTS:
+            raise self.error(name, f"at most {MOST_PARTS}", repr(max(value)))
         return tuple(value)
 
     def curve(self, name: str) -> Curve:
@@ -273,14 +287,15 @@ def _machine(fields: _Fields) -> Machine:
     name, about = fields.text("name"), fields.text("about")
     rank = fields.table("rank")
     overhead, reduce_bandwidth = rank.seconds("overhead"), rank.bandwidth("reduce_bandwidth")
-    reduce_curve = rank.curve("reduce_curve")
+    reduce_curve, start = rank.curve("reduce_curve"), rank.seconds("start", 0.0)
     rank.done()
     tables = fields.tables("levels")
     levels = tuple(_level(table, depth) for depth, table in enumerate(tables))
+    _check_names(tables, levels)
     _check_groups(tables[0], levels)
-    stragglers = dict(_straggler(table) for table in fields.tables("stragglers", default=[]))
+    stragglers = _stragglers(fields.tables("stragglers", default=[]))
     fields.done()
-    machine = Machine(name, levels, overhead, reduce_bandwidth, stragglers, about, reduce_curve)
+    machine = Machine(name, levels, overhead, reduce_bandwidth, stragglers, about, reduce_curve, start)
     for straggler in stragglers:
         if straggler >= machine.capacity:
             raise fields.error("stragglers", f"ranks below {machine.capacity}", str(straggler))
@@ -289,7 +304,7 @@ def _machine(fields: _Fields) -> Machine:
 
 def _level(fields: _Fields, depth: int) -> Level:
     name, latency, bandwidth = fields.text("name"), fields.seconds("latency"), fields.bandwidth("bandwidth")
-    lanes, total = fields.count("lanes", 1), fields.bandwidth("total_bandwidth", inf)
+    lanes, total = fields.count("lanes", 1, MOST_LANES), fields.bandwidth("total_bandwidth", inf)
     curve = fields.curve("curve")
     kind = fields.text("topology") if "topology" in fields.left else "switch"
     sizes: tuple[int, ...] | None = None
@@ -315,7 +330,17 @@ def _level(fields: _Fields, depth: int) -> Level:
     else:
         raise fields.error("topology", '"switch", "torus" or "dragonfly"', repr(kind))
     fields.done()
+    if topology.nlinks > MOST_LINKS:
+        raise fields.error("topology", f"a {kind} of at most {MOST_LINKS:,} links", f"{topology.nlinks:,}")
     return Level(name, topology, latency, bandwidth, lanes, total, sizes, curve)
+
+
+def _check_names(tables: list[_Fields], levels: tuple[Level, ...]) -> None:
+    """Whether each level has a name of its own: bytes are counted by it."""
+    names = [level.name for level in levels]
+    for i, (table, name) in enumerate(zip(tables, names, strict=True)):
+        if name in names[:i]:
+            raise table.error("name", "a name that no level before has", repr(name))
 
 
 def _check_groups(first: _Fields, levels: tuple[Level, ...]) -> None:
@@ -328,11 +353,23 @@ def _check_groups(first: _Fields, levels: tuple[Level, ...]) -> None:
         )
 
 
+def _stragglers(tables: list[_Fields]) -> dict[int, float]:
+    found: dict[int, float] = {}
+    for table in tables:
+        rank, factor = _straggler(table)
+        if rank in found:
+            raise table.error("rank", "a rank that no straggler before has", str(rank))
+        found[rank] = factor
+    return found
+
+
 def _straggler(fields: _Fields) -> tuple[int, float]:
     expected = "a rank, 0 or more"
     rank = fields.take("rank", expected)
     if type(rank) is not int or rank < 0:
         raise fields.error("rank", expected, repr(rank))
     factor = fields.number("factor", "a number, 1 or more", 1)
+    if not isfinite(factor):
+        raise fields.error("factor", "a number, 1 or more", repr(factor))
     fields.done()
     return rank, factor

@@ -140,7 +140,7 @@ def _parts(machine: Machine, nranks: int) -> list[IntArray]:
     sizes = machine.levels[0].sizes
     for level in machine.levels:
         if sizes is not None and len(parts) == 1:
-            parts.append(np.repeat(np.arange(len(sizes)), sizes)[:nranks])
+            parts.append(np.searchsorted(np.cumsum(sizes), parts[0], side="right"))
         else:
             parts.append(parts[-1] // level.topology.size)
     return parts

@@ -20,7 +20,7 @@ dragonfly topology", ISCA 2008.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from math import prod
 from typing import Protocol
@@ -39,6 +39,9 @@ class Topology(Protocol):
 
     @property
     def size(self) -> int: ...
+
+    @property
+    def nlinks(self) -> int: ...
 
     @property
     def link_seconds(self) -> FloatArray:
@@ -60,6 +63,7 @@ class Switch:
 
     size: int
     hop_latency: float = 0.0
+    nlinks: int = field(default=0, init=False)
 
     @cached_property
     def link_seconds(self) -> FloatArray:
@@ -90,10 +94,14 @@ class Torus:
     def size(self) -> int:
         return prod(self.dims)
 
+    @property
+    def nlinks(self) -> int:
+        return len(self.dims) * self.size * 2
+
     @cached_property
     def link_seconds(self) -> FloatArray:
         """Two links for each part and dimension: link (d * size + part) * 2 goes up, the next one down."""
-        return np.full(len(self.dims) * self.size * 2, 1 / self.bandwidth)
+        return np.full(self.nlinks, 1 / self.bandwidth)
 
     def hops(self, src: IntArray, dst: IntArray) -> Iterator[Hop]:
         """One step of all messages that have not arrived in the dimension at hand."""
@@ -140,6 +148,10 @@ class Dragonfly:
     @property
     def size(self) -> int:
         return self.groups * self.routers * self.ends
+
+    @property
+    def nlinks(self) -> int:
+        return self.groups * self.routers**2 + self.groups**2
 
     @cached_property
     def link_seconds(self) -> FloatArray:

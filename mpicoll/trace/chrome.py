@@ -17,6 +17,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from math import inf
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -161,11 +162,10 @@ def read(paths: Sequence[Path]) -> Trace:
     events: list[Event] = []
     origin, nranks = None, 0
     for path in paths:
-        about, found = _read_one(path)
+        about, own, found = _read_one(path)
         origin, nranks = origin or about["origin"], about["nranks"]
         if about["origin"] != origin:
             raise TraceError(f"{path}: expected a part of the same trace as {paths[0]}, got one of another")
-        own = [RankFacts(**each) for each in about["ranks"]]
         if twice := {each.rank for each in own} & {each.rank for each in facts}:
             raise TraceError(
                 f"{path}: expected other ranks than the files before, got rank {min(twice)} again"
@@ -179,11 +179,15 @@ def read(paths: Sequence[Path]) -> Trace:
     return Trace(nranks, sorted(facts, key=lambda each: each.rank), communicators, events)
 
 
-def _read_one(path: Path) -> tuple[dict[str, Any], list[Event]]:
-    """Facts and events."""
+def _read_one(path: Path) -> tuple[dict[str, Any], list[RankFacts], list[Event]]:
+    """What holds for all ranks, what for each of those in the file, and their events."""
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(path.read_text(), parse_constant=_no_number)
         about, raw = content["otherData"]["mpicoll"], content["traceEvents"]
+        facts = [RankFacts(**each) for each in about["ranks"]]
+        _expect(type(about["origin"]) is int and type(about["nranks"]) is int, "origin and nranks", about)
+        _expect(isinstance(about["communicators"], dict), "communicators", about["communicators"])
+        ranks = {each.rank for each in facts}
         threads = {
             (event["pid"], event["tid"]): event["args"]["name"]
             for event in raw
@@ -202,9 +206,30 @@ def _read_one(path: Path) -> tuple[dict[str, Any], list[Event]]:
             for event in raw
             if event["ph"] == "X"
         ]
-    except (ValueError, KeyError, TypeError) as error:
+        for event in events:
+            _check(event, ranks)
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         why = f"{type(error).__name__}: {error}"
         raise TraceError(
             f"{path}: expected a trace that mpicoll has written, got something else ({why})"
         ) from None
-    return about, events
+    return about, facts, events
+
+
+def _no_number(text: str) -> None:
+    raise ValueError(f"{text} is no time")
+
+
+def _expect(right: bool, what: str, got: Any) -> None:
+    if not right:
+        raise ValueError(f"{what}: {got!r:.60}")
+
+
+def _check(event: Event, ranks: set[int]) -> None:
+    """Raise `ValueError` for what a summary could not be made of."""
+    args = event.args
+    _expect(event.rank in ranks, "an event of a rank that is not listed", event.rank)
+    _expect(0 <= event.end - event.begin < inf, "the times of an event", event)
+    _expect(isinstance(args, dict), "the args of an event", args)
+    numbers = [args.get("bytes", 0), args["ranks"] if "match" in args else 0]
+    _expect(all(type(number) is int for number in numbers), "the args of an event", args)

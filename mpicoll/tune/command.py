@@ -23,7 +23,7 @@ from mpicoll import Communicator
 from mpicoll.bench.about import layout
 from mpicoll.bench.jobs import about_job, agreed, main, refusing
 from mpicoll.bench.options import as_size
-from mpicoll.files import why_unwritable
+from mpicoll.files import replacing, why_unwritable
 from mpicoll.sizes import format_size
 from mpicoll.tune import calibrate, measure, search, table
 
@@ -247,13 +247,19 @@ def _calibrate(comm: Communicator, options: Options, path: Path | None, about: d
         levels = calibrate.level_name(comm)
     except ValueError as error:
         raise click.UsageError(str(error)) from None
+    counts = calibrate.rank_counts(comm)
+    if not counts:
+        raise click.UsageError("--calibrate: expected a core for each of 2 ranks at least, got one core")
+    if comm.rank == 0 and counts[-1] < min(comm.size, calibrate.RANKS[-1]):
+        click.echo(f"measured with {counts[-1]} ranks at most: more would share cores", err=True)
     with _progress(comm, options.limit) as progress:
-        rows = calibrate.measure_rows(comm, options.limit, progress)
+        rows = calibrate.measure_rows(comm, counts, options.limit, progress)
     if comm.rank == 0:
         fitted = calibrate.fit(rows)
         text = calibrate.to_toml(fitted, levels, comm.size)
         if path is not None:
-            path.write_text(text, "utf-8")
+            with replacing(path) as temporary:
+                temporary.write_text(text, "utf-8")
         _report_fit(fitted, rows, text, path, about if options.as_json else None)
     MPI.Intracomm(comm).Barrier()
     return 0

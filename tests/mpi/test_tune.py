@@ -193,7 +193,7 @@ def test_info_says_which_table(file: Path) -> None:
 def test_times_of_every_collective() -> None:
     """Real ones; all ranks get the same."""
     with measure.measured_communicator(WORLD, PLACE) as comm:
-        measurer = measure.Measurer(comm)
+        measurer = measure.Measurer(comm, PLACE.crowded)
         measurer.seconds_per_turn = 1e-5
         for case in measure.cases(list(measure.METHODS), 256 * KIB, 256 * KIB, SIZE):
             names = measure.candidates(comm, case.collective)
@@ -209,14 +209,42 @@ def test_a_candidate_is_cut_as_it_says(monkeypatch: pytest.MonkeyPatch) -> None:
     if SIZE == 1:
         pytest.skip("for several ranks")
     with measure.measured_communicator(WORLD, PLACE) as comm:
-        measurer = measure.Measurer(comm)
+        measurer = measure.Measurer(comm, PLACE.crowded)
         case = Case("allreduce", LARGE, LARGE)
         for segment in (64 * KIB, 256 * KIB, None):
-            plan = measurer._plan(case, Candidate("ring", segment))
+            plan = measurer._timed(case, Candidate("ring", segment), measure._arguments(case, comm)).plan
             rows = plan._call.plan._rows
             most = rows[rows[:, 0] == Op.SEND][:, 3].max()
             assert segment is None or segment // 2 < most <= segment
             plan.Free()
+
+
+@several
+@pytest.mark.parametrize(("limit", "turns"), [(0.0, calibrate.LEAST_TURNS), (60.0, calibrate.TURNS)])
+def test_a_calibration_ends_when_its_time_is_up(
+    limit: float, turns: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Case] = []
+    lengths: set[float] = set()
+
+    def times(self: Any, case: Case, candidates: Sequence[Candidate], turns: int) -> FloatArray:
+        asked.append(case)
+        lengths.add(self.seconds_per_turn)
+        return np.full((turns, len(candidates)), 1e-6 * len(asked))
+
+    monkeypatch.setattr(measure.Measurer, "times", times)
+    monkeypatch.setattr(calibrate, "SIZES", (64, 1024))
+    shown: list[int] = []
+    own_limit = limit + RANK  # as each rank's clock says it
+    rows = list(calibrate._rows(WORLD, own_limit, "", lambda done, what: shown.append(done)))
+    assert len(set().union(*WORLD.allgather(lengths))) == 1
+    cases = 2 * len(calibrate.TIMED)
+    assert len(asked) == turns * cases
+    assert shown == sorted(shown) and shown[-1] < cases
+    assert len(rows) == 2 * sum(map(len, calibrate.TIMED.values()))
+    own = [1e-6 * (1 + turn * cases) for turn in range(turns)]  # each turn after one of all other cases
+    assert rows[0].seconds == pytest.approx(np.quantile(own, 0.25))
+    assert rows[0].spread == pytest.approx((own[0], own[turns // 2]))
 
 
 def fake_times(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -325,6 +353,7 @@ def test_calibrate(
 ) -> None:
     monkeypatch.setattr(calibrate, "SIZES", (64, 16 * KIB))
     monkeypatch.setattr(calibrate, "TURNS", 1)
+    monkeypatch.setattr(calibrate, "count_cores", lambda node: SIZE)
     monkeypatch.setattr(calibrate, "STEPS", 3)
     monkeypatch.setattr(calibrate, "CURVE_STEPS", 1)
     out = tmp_path / "machine.toml"
@@ -463,3 +492,18 @@ def test_training(capsys: pytest.CaptureFixture[str]) -> None:
         names = "|".join(("auto", *online.CANDIDATES))
         assert re.fullmatch(rf"bucket 0: ({names})", result["tuning"])
         assert "--tune" not in said
+
+
+@several
+def test_ranks_that_share_cores_are_no_machine(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(calibrate, "count_cores", lambda node: 2)
+    assert calibrate.rank_counts(WORLD) == [2]
+    monkeypatch.setattr(calibrate, "count_cores", lambda node: 1)
+    assert calibrate.rank_counts(WORLD) == []
+    assert command.run(COMM, ["--calibrate"]) == USAGE_ERROR
+    said = capsys.readouterr().err
+    assert ("--calibrate: expected a core for each of 2 ranks at least, got one core" in said) == (RANK == 0)
+    monkeypatch.setattr(calibrate, "node_of", lambda comm: comm.Split(comm.rank))
+    assert calibrate.rank_counts(WORLD) == [n for n in calibrate.RANKS if n <= SIZE], "a core on each node"

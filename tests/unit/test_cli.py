@@ -185,6 +185,11 @@ def test_a_wrong_schedule_ends_with_status_1_and_the_place(monkeypatch: pytest.M
     [
         (["allreduce", "--algorithm", "rings"], "--algorithm: expected one of ring, recursive_doubling, "),
         (["allreduce", "--algorithm", "rings"], "for allreduce; got 'rings'"),
+        (
+            ["allreduce", "--algorithm", "ring", "--ranks", "100000"],
+            "--ranks: expected at most 16,777,216 ch",
+        ),
+        (["allreduce", "--algorithm", "hierarchical"], "got --algorithm hierarchical alone"),
         (["allreduce", "--ranks", "9-3"], "'--ranks': expected numbers from 1 to 100000"),
         (["sum"], "'sum' is not one of 'allreduce', 'reduce_scatter', "),
         ([], "expected either a COLLECTIVE or --all; got neither"),
@@ -193,7 +198,6 @@ def test_a_wrong_schedule_ends_with_status_1_and_the_place(monkeypatch: pytest.M
         (["reduce", "--shards", "4"], "--shards: expected only together with allreduce; got reduce"),
         (["--all", "--shards", "4"], "--shards: expected only together with allreduce; got --all"),
         (["allreduce", "--nodes", "2,3"], "--nodes: expected together with --algorithm hierarchical"),
-        (["allreduce", "--algorithm", "hierarchical"], "and only with it; got --algorithm hierarchical"),
         (
             ["gather", "--algorithm", "hierarchical", "--nodes", "2"],
             "--nodes: expected COLLECTIVE to be one of allreduce, reduce_scatter, allgather, broadcast; got",
@@ -227,6 +231,12 @@ def test_help_has_an_example_that_works(arguments: list[str]) -> None:
         line.split() for line in text.splitlines() if line.strip().startswith("mpicoll verify allr")
     )
     assert call(*example[1:]).exit_code == 0
+
+
+@pytest.mark.parametrize("name", sorted(main.commands))
+def test_every_subcommand_takes_the_short_option_for_help(name: str) -> None:
+    short, long = (call(name, option) for option in ("-h", "--help"))
+    assert (short.exit_code, short.stdout) == (0, long.stdout)
 
 
 def test_info_is_imported_when_it_is_called_and_gets_its_arguments(monkeypatch: pytest.MonkeyPatch) -> None:

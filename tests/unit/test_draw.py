@@ -21,6 +21,8 @@ from mpicoll.draw.story import tell, title
 from mpicoll.draw.webpage import as_data
 from mpicoll.schedule import COPY, REDUCE, Round, Schedule
 
+from .full_disk import files_no_longer_than
+
 EVERY = [(collective, name) for collective in algorithms.ALGORITHMS for name in algorithms.names(collective)]
 RANKS = (1, 2, 3, 5)
 HIERARCHICAL = algorithms.hierarchical_schedule("allreduce", Topology.of_sizes([2, 3]), "ring")
@@ -185,6 +187,14 @@ def test_a_picture_without_matplotlib(tmp_path: Path, monkeypatch: pytest.Monkey
     assert "matplotlib is missing: pip install 'mpicoll[plots]'" in outcome.output
 
 
+@pytest.mark.parametrize("name", ["ring.svg", "ring.png", "ring.html"])
+def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path, name: str) -> None:
+    pytest.importorskip("matplotlib.font_manager")  # which has files of its own to write
+    with files_no_longer_than(1000):
+        outcome = call("allreduce", "--algorithm", "ring", "-o", str(tmp_path / name))
+    assert (outcome.exit_code, list(tmp_path.iterdir())) == (2, [])
+
+
 # --- too large ---
 
 
@@ -253,7 +263,7 @@ def test_the_examples_of_the_help_work(tmp_path: Path, monkeypatch: pytest.Monke
         ("allreduce --algorithm ring --chunks 2", "--chunks: expected none beside ring"),
         ("broadcast --algorithm chain --root 4", "--root: expected a rank from 0 to 3, got 4"),
         ("broadcast --algorithm chain --chunks 65", "--chunks: expected at most 64 rounds to draw, got 67"),
-        ("allreduce --algorithm hierarchical", "--nodes: expected together with --algorithm hierarchical"),
+        ("allreduce --algorithm hierarchical", "only with it; got --algorithm hierarchical alone"),
         ("allreduce --algorithm ring --nodes 2,3", "got --algorithm ring"),
         ("allreduce --algorithm ring --across ring", "--across: expected none beside --algorithm ring"),
         ("allreduce --algorithm hierarchical --nodes 2,x", "got '2,x'"),

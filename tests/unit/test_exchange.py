@@ -21,6 +21,8 @@ from mpicoll.exchange import ExchangeError, msccl
 from mpicoll.schedule import COLLECTIVES, Round, Schedule, Transfer
 from mpicoll.verify import ScheduleError, verify
 
+from .full_disk import files_no_longer_than
+
 RANKS = (1, 2, 3, 5, 8)
 
 
@@ -585,13 +587,20 @@ def test_a_file_that_does_not_verify_is_status_1_and_one_that_is_no_schedule_2(t
     (tmp_path / "late.xml").write_text(RING_XML.replace('type="rrc"', 'type="r"'))
     (tmp_path / "broken.xml").write_text(RING_XML.replace('cnt="1"', ""))
     (tmp_path / "binary.xml").write_bytes(b"<algo \xff")
+    (tmp_path / "empty.goal").write_text("\n")
+    (tmp_path / "deep.goal").write_text(RING_GOAL.replace("mpicoll: {", "mpicoll: " + "[" * 100_000))
     outcome = call("verify", "--file", str(tmp_path / "late.xml"))
     assert outcome.exit_code == 1
     assert re.search(
         r"Error: ring allreduce on 2 ranks: round 1, transfer . -> . \(copy chunk .\): .*expected .*; got ",
         outcome.stderr,
     )
-    for name, message in (("broken.xml", "gpu 0, tb 0, step 0 (s): expected"), ("binary.xml", "byte 6:")):
+    for name, message in (
+        ("broken.xml", "gpu 0, tb 0, step 0 (s): expected"),
+        ("binary.xml", "byte 6:"),
+        ("empty.goal", "expected MSCCL's XML or GOAL, got an empty file"),
+        ("deep.goal", "line 2: expected name, collective, nchunks and root in JSON"),
+    ):
         outcome = call("verify", "--file", str(tmp_path / name))
         assert (outcome.exit_code, message in outcome.stderr) == (2, True)
 
@@ -614,7 +623,18 @@ def test_a_file_that_does_not_verify_is_status_1_and_one_that_is_no_schedule_2(t
         ("allreduce --algorithm hierarchical --nodes 0 --to goal", "'--nodes': expected the number of ranks"),
         ("allreduce --algorithm hierarchical --nodes 2 --across x --to goal", "--across: expected one of"),
         ("gather --algorithm hierarchical --nodes 2 --to goal", "--nodes: expected COLLECTIVE to be one of"),
-        ("allreduce --algorithm ring --ranks 2 --to goal -o /dev/null/x", "--output: /dev/null/x: Not a dir"),
+        ("allreduce --algorithm ring --ranks 2 --to goal -o /dev/null/x", "got '/dev/null/x': Not a dir"),
+        ("allreduce --algorithm ring --ranks 2 --to goal -o no/x", "got 'no/x': No such file or directory"),
+        ("allreduce --algorithm ring --ranks 2 --gamma nan --to goal", "--gamma: expected ns a byte, 0 or m"),
+        (
+            "allreduce --algorithm ring --ranks 4 --size 4194304T --to goal",
+            "--size: expected at most 2305843",
+        ),
+        ("broadcast --algorithm chain --chunks 1000000000000 --to goal", "is not in the range 1<=x<=100000"),
+        (
+            "allreduce --algorithm ring --ranks 10000 --to goal",
+            "expected at most 2,097,152 transfers to export, got ring with 199,980,000 on 10,000 ranks",
+        ),
     ],
 )
 def test_wrong_options_are_status_2(arguments: str, message: str) -> None:
@@ -638,3 +658,16 @@ def test_what_is_too_much_for_the_interpreter_is_said() -> None:
     wide = algorithms.schedule("broadcast", "direct", 40)
     for schedule, message in ((long, "300 steps in a"), (wide, "39 threadblocks on a")):
         assert message in msccl.beyond_limits(exchange.dumps(schedule, "msccl"))[0]
+
+
+def test_a_file_that_begins_with_a_byte_order_mark_is_read(tmp_path: Path) -> None:
+    for name, text in (("ring.xml", RING_XML), ("ring.goal", RING_GOAL)):
+        (tmp_path / name).write_text(text, encoding="utf-8-sig")
+        assert exchange.load(tmp_path / name).nranks == 2
+
+
+def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
+    path = tmp_path / "ring.xml"
+    with files_no_longer_than(100):
+        outcome = call("export", *"allreduce --algorithm ring --ranks 4 --to msccl -o".split(), str(path))
+    assert (outcome.exit_code, list(tmp_path.iterdir())) == (2, [])

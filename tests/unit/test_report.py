@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -14,7 +15,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from mpicoll.files import replacing
+from mpicoll.files import replacing, why_unwritable
 from mpicoll.train import report
 from mpicoll.train.errors import InputError
 from mpicoll.train.loop import Epoch
@@ -333,6 +334,25 @@ def test_replacing_leaves_the_old_file_when_writing_fails(tmp_path: Path) -> Non
         assert path.read_text() == "old"
     assert path.read_text() == "new"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_replacing_writes_to_what_is_no_file_and_keeps_links(tmp_path: Path) -> None:
+    pipe, link, file = tmp_path / "pipe", tmp_path / "link.json", tmp_path / "result.json"
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    assert why_unwritable(pipe) == ""
+    with replacing(pipe) as target:
+        target.write_text("piped")
+    assert os.read(reader, 100) == b"piped" and pipe.is_fifo()
+    os.close(reader)
+    link.symlink_to(file)
+    assert why_unwritable(link) == ""
+    with replacing(link) as temporary:
+        temporary.write_text("new")
+    assert link.is_symlink() and file.read_text() == "new"
+    link.unlink()
+    link.symlink_to(tmp_path / "missing" / "result.json")
+    assert why_unwritable(link) == "No such file or directory"
 
 
 def test_check_writable(tmp_path: Path) -> None:

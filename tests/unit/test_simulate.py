@@ -269,6 +269,23 @@ def test_nodes_of_unequal_size() -> None:
     assert sent.level_bytes == {"node": 1000, "rack": 2000, "network": 2000}
 
 
+# -- the start
+
+
+@pytest.mark.parametrize("algorithm", ["ring", "recursive_doubling", "two_shot"])
+def test_a_collective_is_started_once(algorithm: str) -> None:
+    schedule = algorithms.schedule("allreduce", algorithm, 8)
+    usual, later = (simulate(schedule, N, replace(FLAT, start=start)).rank_seconds for start in (0, 3e-6))
+    np.testing.assert_allclose(later, usual + 3e-6, rtol=1e-12)
+
+
+def test_whoever_waits_for_a_rank_that_starts_late_is_late() -> None:
+    machine = replace(FLAT, start=1e-6, stragglers={2: 3.0})
+    found = simulate(one_round(6, (0, 1), (4, 5), (3, 2)), 0, machine).rank_seconds
+    slow = ALPHA + OVERHEAD + 3 * OVERHEAD
+    assert found.tolist() == pytest.approx([1e-6 + HOP] * 2 + [3e-6 + slow] * 2 + [1e-6 + HOP] * 2)
+
+
 # -- stragglers
 
 
@@ -528,6 +545,11 @@ def test_a_machine_file(tmp_path: Path) -> None:
         ("overhead = 1e-6", "overhead = -1e-6", "f: rank.overhead: expected seconds, 0 or more, got -1e-06"),
         ("overhead = 1e-6", "overhead = nan", "f: rank.overhead: expected seconds, 0 or more, got nan"),
         ("overhead = 1e-6", 'overhead = "1"', "f: rank.overhead: expected seconds, 0 or more, got '1'"),
+        (
+            "overhead = 1e-6",
+            "overhead = 0\nstart = -1.0",
+            "f: rank.start: expected seconds, 0 or more, got -1.0",
+        ),
         ("overhead = 1e-6", "overhead = 1\nspeed = 3", "f: rank.speed: expected no such field, got 3"),
         ("[rank]", "[rank.x]", "f: rank.overhead: expected seconds, 0 or more, got nothing"),
         ("latency = 0", "latency = inf", "f: levels[0].latency: expected seconds, 0 or more, got inf"),
@@ -563,6 +585,28 @@ def test_a_machine_file(tmp_path: Path) -> None:
         ("rank = 4", "rank = 5", "f: stragglers: expected ranks below 5, got 5"),
         ("factor = 2.0", "factor = 0.5", "f: stragglers[0].factor: expected a number, 1 or more, got 0.5"),
         ("factor = 2.0", "", "f: stragglers[0].factor: expected a number, 1 or more, got nothing"),
+        ("factor = 2.0", "factor = inf", "f: stragglers[0].factor: expected a number, 1 or more, got inf"),
+        (
+            "factor = 2.0",
+            "factor = 2\n[[stragglers]]\nrank = 4\nfactor = 3",
+            "f: stragglers[1].rank: expected a rank that no straggler before has, got 4",
+        ),
+        ('name = "network"', 'name = "node"', "f: levels[1].name: expected a name that no level before has"),
+        (
+            "overhead = 1e-6",
+            f"overhead = {10**400}",
+            "f: rank.overhead: expected seconds, 0 or more, got 1000",
+        ),
+        ("overhead = 1e-6", f"overhead = {'9' * 5000}", "f: expected TOML, got a syntax error: Exceeds"),
+        ("overhead = 1e-6", "overhead = " + "[" * 5000, "f: expected TOML, got a syntax error: maximum"),
+        ("size = [3, 2]", "size = 1000000001", "f: levels[0].size: expected at most 1000000000, got 1"),
+        ("size = [3, 2]", "size = [3, 1000000001]", "f: levels[0].size: expected at most 1000000000, got 1"),
+        ("lanes = 2", "lanes = 1025", "f: levels[1].lanes: expected at most 1024, got 1025"),
+        (
+            "dims = [2, 2]",
+            "dims = [10000, 10000]",
+            "f: levels[1].topology: expected a torus of at most 100,000,000 links, got 400,000,000",
+        ),
     ],
 )
 def test_what_is_wrong_in_a_machine_file_is_named(old: str, new: str, message: str) -> None:

@@ -100,6 +100,11 @@ def test_what_is_left_out_is_said() -> None:
         (("--training", "7b", "--size", "1K"), "for --size: expected none beside --training"),
         (("--training", "7b", "--ranks", "8,512", "--machine", "big-basin"), "expected 1 to 256"),
         ((), "expected either a COLLECTIVE or --training; got neither"),
+        (("allreduce", "--size", "8388608T"), "'--size': expected less than 8388608T, got '8388608T'"),
+        (("allreduce", "--size", "9" * 400), "'--size': expected less than 8388608T, got '999"),
+        (("allreduce", "--ranks", "9" * 5000), "'--ranks': expected numbers, 1 or more"),
+        (("allreduce", "--machine", ""), "got '': Is a directory"),
+        (("broadcast", "--chunks", "100001"), "100001 is not in the range 1<=x<=100000"),
     ],
 )
 def test_wrong_input_is_named(arguments: tuple[str, ...], message: str) -> None:
@@ -115,6 +120,16 @@ def test_a_machine_file_with_a_fault(tmp_path: Path) -> None:
     result = call("allreduce", "--machine", str(path))
     assert result.exit_code == 2
     assert f"{path}: rank.overhead: expected seconds, 0 or more, got -1.0" in result.stderr
+
+
+def test_ranks_that_do_not_fit_are_named_before_anything_is_simulated(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mpicoll.simulate.candidates.predict", None)
+    for options in ((), ("--map", str(tmp_path / "map.png"))):
+        result = call("allreduce", "--ranks", "4,9", "--machine", "laptop", *options)
+        assert (result.exit_code, "for --ranks: expected 1 to 8" in result.stderr) == (2, True)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_map(tmp_path: Path) -> None:

@@ -204,6 +204,7 @@ BAD = {
     "an event without times": json.dumps(
         {"traceEvents": [{"name": "a", "ph": "X", "pid": 1, "tid": 1}], "otherData": {"mpicoll": {}}}
     ),
+    "brackets": "[" * 100_000,
 }
 
 
@@ -213,6 +214,33 @@ def test_a_file_that_is_no_trace_is_one_line_and_status_2(tmp_path: Path, conten
     path.write_text(content)
     ran = CliRunner().invoke(command, [str(path)])
     assert ran.exit_code == 2
+    assert f"{path}: expected a trace that mpicoll has written, got something else" in ran.output
+
+
+DAMAGED = {
+    "no origin": ('"origin"', '"begin"'),
+    "no communicators": ('"communicators"', '"groups"'),
+    "a number of ranks that is none": ('"nranks": 2', '"nranks": "two"'),
+    "a rank that is no number": ('"rank": 1', '"rank": "one"'),
+    "a fact that there is not": ('"rank": 1', '"rank": 1, "colour": 2'),
+    "events of a rank that is not listed": ('"rank": 1', '"rank": 2'),
+    "no time": ('"ts": ', '"ts": NaN, "at": '),
+    "a time without end": ('"dur": ', '"dur": 1e999, "at": '),
+    "a time that goes back": ('"dur": ', '"dur": -1, "at": '),
+    "bytes that are no number": ('"bytes": ', '"bytes": "x", "at": '),
+    "a call of nobody knows how many": ('"ranks": 2', '"others": 2'),
+    "args that are none": ('"args": {"match"', '"args": null, "at": {"match"'),
+}
+
+
+@pytest.mark.parametrize(("old", "new"), DAMAGED.values(), ids=DAMAGED)
+def test_a_damaged_trace_is_one_line_and_status_2(tmp_path: Path, file: Path, old: str, new: str) -> None:
+    text = file.read_text()
+    assert old in text
+    path, page = tmp_path / "damaged.json", tmp_path / "page.html"
+    path.write_text(text.replace(old, new))
+    ran = CliRunner().invoke(command, [str(path), "--html", str(page)])
+    assert (ran.exit_code, page.exists()) == (2, False)
     assert f"{path}: expected a trace that mpicoll has written, got something else" in ran.output
 
 
