@@ -189,6 +189,28 @@ def test_the_cost_of_comparing_is_that_of_the_committed_rows() -> None:
     assert f"at most {100 * worst:.1f} % of a call" in part("performance.md", "Errors")
 
 
+def flowing(page: str) -> str:
+    """Its text in one line."""
+    return " ".join(prose(DOCS / page).split())
+
+
+def test_the_calibration_s_error_is_that_of_the_committed_rows() -> None:
+    found = result("calibration-2")
+    within = sum(abs(row["error"]) <= 0.2 for row in found["measurements"])
+    said = f"{found['median_error']:.0%} in the median, {within} of {len(found['measurements'])} within 20 %"
+    assert re.sub(r"(?<=\d)%", " %", said) in flowing("tuning.md")
+
+
+def test_the_cost_of_recording_is_that_of_the_committed_rows() -> None:
+    small, large = result("trace-cost")["rows"]
+    event = (small["us_on"] - small["us_off"]) / small["events_per_step"]
+    assert 2 < event < 3, "two to three microseconds an event"
+    assert large["cost"] < 0.02 and large["cost"] < abs(large["again"])
+    assert 6e3 < large["us_off"] < 6.5e3
+    assert 300 < small["us_off"] < 360
+    assert f"of one of a third of a millisecond, {small['cost'] * 100:.0f} % ([" in flowing("trace.md")
+
+
 def part(page: str, heading: str) -> str:
     """What stands below a heading."""
     return (DOCS / page).read_text(encoding="utf-8").partition(f"\n## {heading}\n")[2].partition("\n## ")[0]
