@@ -89,10 +89,20 @@ def test_a_job_that_fails_leaves_hosts_as_new() -> None:
         assert on(rig, "host0", "ls /run/scratch") == ""
 
 
+def heeding_interrupts() -> None:
+    """Which what a shell starts in the background does not, and so the tests may not, either."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_whatever_ends_the_rig_ends_its_hosts(number: signal.Signals, mark: str) -> None:
     command = [sys.executable, rigs.__file__, "--ranks", "1,1", "--", *sleeping(mark)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, start_new_session=True) as job:
+    with subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        start_new_session=True,
+        preexec_fn=heeding_interrupts,
+    ) as job:
         assert job.stdout is not None
         assert [job.stdout.readline() for _ in range(2)] == [b"begun\n"] * 2
         job.send_signal(number)
