@@ -62,9 +62,11 @@ def cases(collectives: Sequence[str], smallest: int, largest: int, nranks: int) 
     while size <= largest:
         for collective in collectives:
             blocks = nranks if METHODS[collective][1] else 1
-            actual = max(1, size // (ITEM.itemsize * blocks)) * ITEM.itemsize * blocks
+            unit = ITEM.itemsize * blocks
+            actual = max(1, size // unit) * unit
             # An alltoall is counted as what all ranks send together.
-            made[Case(collective, actual, actual * (nranks if collective == "alltoall" else 1))] = None
+            counted = actual * (nranks if collective == "alltoall" else 1)
+            made[Case(collective, actual, counted, unit)] = None
         size *= FACTOR
     return list(made)
 

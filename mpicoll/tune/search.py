@@ -7,17 +7,20 @@ candidate  an algorithm, and the bytes of a segment if they are not the usual on
 turn       all candidates, one after the other, for some milliseconds each; what disturbs a machine for a
            while disturbs all of them.
 
-A case goes through three heats:
+A case goes through up to four heats:
 
     survey     every algorithm, in few turns
     segments   the two best with other segments, where messages are large enough to be cut
     final      the best against the static choice, in many turns
+    reach      the two again at other sizes, if the best has won
 
-Only the final counts: who wins among many candidates is often the luckiest. The winner is kept if its median
-and its least are `GAIN` less than those of the static choice, and three quarters of its turns are quicker
-than three quarters of the other's: what another program takes away is never in the least.
+Who wins the first two counts for nothing: among many candidates it is often the luckiest. The winner is kept
+if its median and its least are `GAIN` less than those of the static choice, and three quarters of its turns
+are quicker than three quarters of the other's: what another program takes away is never in the least.
 
-A rule holds for up to twice the size, and for down to half of it; between two sizes with the same best, too.
+A rule holds for up to twice the size, and for down to half of it, as far as the best is better there, too:
+somewhere on the way a library may begin to ask before it sends. Where two sizes have the same best, and their
+ranges meet, they have one rule.
 
 Example, medians in µs of an allreduce whose static choice is ring:
 
@@ -33,6 +36,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import takewhile
 from typing import Any
 
 import numpy as np
@@ -45,7 +49,7 @@ FloatArray = npt.NDArray[np.float64]
 
 GAIN = 0.1  # of the time, at least: the same program's runs differ by half of that
 SURVEY, FINAL = 3, 11  # turns
-REACH = 2  # times a size, or the size over it: so far what was measured holds
+REACH = (2**0.5, 2)  # times a size, or the size over it: where rules are tried, one after the other
 SEGMENTED = 128 << 10  # bytes from which on other segments are tried
 SEGMENTS = (
     64 << 10,
@@ -60,11 +64,20 @@ UNSEGMENTED = ("gather", "scatter", "alltoall")  # ranks do not know the sizes o
 
 @dataclass(frozen=True)
 class Case:
-    """``size`` is that of the vector or of all blocks that one rank has; ``nbytes`` what rules count."""
+    """``size`` is that of the vector or of all blocks that one rank has; ``nbytes`` what rules count.
+
+    Sizes are multiples of ``unit``, an item of each block.
+    """
 
     collective: str
     size: int
     nbytes: int
+    unit: int = 4
+
+    def at(self, size: float) -> Case:
+        """The same at another size, rounded down."""
+        whole = int(size) // self.unit * self.unit
+        return replace(self, size=whole, nbytes=whole * self.nbytes // self.size)
 
 
 @dataclass(frozen=True)
@@ -83,7 +96,7 @@ Times = Callable[[Case, Sequence[Candidate], int], FloatArray]  # seconds, [turn
 
 @dataclass(frozen=True)
 class Finding:
-    """What came of a case: times in seconds, and whether ``best`` is worth a rule."""
+    """What came of a case: times in seconds, and whether ``best`` is worth a rule, for which bytes."""
 
     case: Case
     default: Candidate
@@ -91,6 +104,8 @@ class Finding:
     best: Candidate
     best_seconds: float
     pays: bool
+    begin: int = 0
+    end: int = 0
 
     @property
     def gain(self) -> float:
@@ -127,8 +142,26 @@ def examine(case: Case, default: str, algorithms: Sequence[str], times: Times) -
         return Finding(case, usual, seconds, usual, seconds, False)
     final = times(case, [usual, best], FINAL)
     seconds, best_seconds = np.median(final, axis=0).tolist()
+    if best_seconds >= seconds:
+        return Finding(case, usual, seconds, usual, seconds, False)
     finding = Finding(case, usual, seconds, best, best_seconds, pays(final[:, 0], final[:, 1]))
-    return finding if finding.gain > 0 else replace(finding, best=usual, best_seconds=seconds, pays=False)
+    return _reaching(finding, times) if finding.pays else finding
+
+
+def _reaching(finding: Finding, times: Times) -> Finding:
+    """With the range in which the best pays, as far as it is tried."""
+    case = finding.case
+
+    def holds(other: Case) -> bool:
+        if not other.size:
+            return False
+        seconds = times(other, [finding.default, finding.best], FINAL)
+        return pays(seconds[:, 0], seconds[:, 1])
+
+    below = list(takewhile(holds, (case.at(case.size / factor) for factor in REACH)))
+    above = list(takewhile(holds, (case.at(case.size * factor - 1) for factor in REACH)))
+    begin, last = ([case, *found][-1] for found in (below, above))
+    return replace(finding, begin=begin.nbytes, end=last.at(last.size + last.unit).nbytes)
 
 
 def _ratios(candidates: Sequence[Candidate], seconds: FloatArray) -> dict[Candidate, float]:
@@ -169,7 +202,7 @@ def _of_one_collective(findings: Sequence[Finding]) -> list[Rule]:
             before = None
             continue
         rule = _rule(finding)
-        if before is None or before.best != finding.best:
+        if before is None or before.best != finding.best or rule.begin > made[-1].end:
             made += _apart(made, rule)
         elif before.default == finding.default:
             made[-1] = replace(made[-1], end=rule.end, gain=min(made[-1].gain, rule.gain))  # true of both
@@ -189,11 +222,10 @@ def _apart(made: list[Rule], rule: Rule) -> list[Rule]:
 
 
 def _rule(finding: Finding) -> Rule:
-    nbytes = finding.case.nbytes
     return Rule(
         finding.case.collective,
-        -(-nbytes // REACH),
-        nbytes * REACH,
+        finding.begin,
+        finding.end,
         finding.default.algorithm,
         finding.best.algorithm,
         finding.best.segment,

@@ -67,7 +67,7 @@ def test_the_crossovers_are_those_of_the_times() -> None:
         findings.append(examined(nbytes, FakeTimes(seconds)))
     assert [f.pays for f in findings] == [4**k < 10_000 * 0.8 for k in range(1, 9)]
     (rule,) = search.rules(findings)
-    assert rule == Rule("allreduce", 2, 8192, "ring", "two_shot", None, rule.gain)
+    assert rule == Rule("allreduce", 4, 8192, "ring", "two_shot", None, rule.gain)
     last = 1 - (1 + 2e-3 * 4096) / (11 + 1e-3 * 4096)
     assert rule.gain == pytest.approx(last, abs=1e-3), "what is gained at least"
 
@@ -112,7 +112,8 @@ def test_segments_are_tried_for_the_best_two() -> None:
     tried = [candidate for candidate in times.heats[1][0] if candidate.segment is not None]
     assert {c.algorithm for c in tried} == {"ring", "two_shot"}
     assert {c.segment for c in tried} == {64 * KIB, 256 * KIB}, "none larger than the whole"
-    assert times.heats[-1] == ([Candidate("ring"), finding.best], search.FINAL)
+    assert times.heats[2] == ([Candidate("ring"), finding.best], search.FINAL)
+    assert times.heats[3:] == [([Candidate("ring"), finding.best], search.FINAL)] * 4, "how far it reaches"
     small = FakeTimes(times.seconds)
     examined(64 * KIB, small)
     assert all(c.segment is None for candidates, _ in small.heats for c in candidates)
@@ -125,7 +126,9 @@ def test_blocks_that_others_do_not_know_have_no_segments() -> None:
 
 
 def found(nbytes: int, best: str, default: str = "ring", gain: float = 0.5, **more: Any) -> Finding:
-    return Finding(case(nbytes, **more), Candidate(default), 1.0, Candidate(best), 1 - gain, best != default)
+    seconds, reach = (1.0, 1 - gain), (-(-nbytes // 2), 2 * nbytes)
+    one, other = Candidate(default), Candidate(best)
+    return Finding(case(nbytes, **more), one, seconds[0], other, seconds[1], best != default, *reach)
 
 
 def test_rules_are_joined_and_do_not_overlap() -> None:
@@ -147,6 +150,38 @@ def test_rules_are_joined_and_do_not_overlap() -> None:
         Rule("allreduce", 8192, 32768, "two_shot", "ring", None, 0.5),
         Rule("allgather", 2048, 8192, "ring", "two_shot", None, 0.5),
     ]
+
+
+# What a library does at 4096 bytes: from there on it asks before it sends.
+@pytest.mark.parametrize(
+    ("good", "begin", "end"),
+    [
+        ((4096, 1 << 30), 4096, 8192),
+        ((3000, 6000), 4096, 5792),
+        ((2500, 8192), 2896, 8192),
+        ((0, 4097), 2048, 4100),
+        ((0, 1 << 30), 2048, 8192),
+    ],
+)
+def test_a_rule_reaches_as_far_as_it_was_tried(good: tuple[int, int], begin: int, end: int) -> None:
+    tried: list[int] = []
+
+    def times(case: Case, candidates: Sequence[Candidate], turns: int) -> FloatArray:
+        assert case.nbytes == 2 * case.size and case.size % 2 == 0
+        tried.append(case.nbytes)
+        fast = 0.5 if good[0] <= case.nbytes < good[1] else 3.0
+        return np.tile([fast if c.algorithm == "direct" else 1.0 for c in candidates], (turns, 1))
+
+    finding = search.examine(Case("alltoall", 2048, 4096, 2), "pairwise", ("pairwise", "direct"), times)
+    (rule,) = search.rules([finding])
+    assert (rule.begin, rule.end) == (begin, end)
+    assert begin in tried and end - 4 in tried
+
+
+def test_rules_that_do_not_meet_are_two() -> None:
+    """Of sizes between, nothing is known."""
+    findings = [replace(found(16, "direct"), end=20), found(64, "direct")]
+    assert [(rule.begin, rule.end) for rule in search.rules(findings)] == [(8, 20), (32, 128)]
 
 
 @pytest.mark.parametrize("nranks", [2, 3, 8])
