@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 from mpicoll import Communicator
-from mpicoll.sizes import format_size, parse_size
+from mpicoll.sizes import format_size
 
 from .about import layout
 from .contenders import GUARD, MAX_ITEMSIZE, Memory
@@ -31,9 +31,9 @@ from .gpu_arrays import Arrays, cupy_arrays, gpu_facts
 from .gpu_contenders import OTHERS, OURS, THROUGH_HOST, field
 from .gpu_limits import COPIED, PINNED, Limits, least_bytes, measure_limits
 from .gpu_timing import Checked, Stock, measure
-from .jobs import WRONG, about_job, agreed, main, refusing, say
+from .jobs import WRONG, about_job, agreed, main, parsed, refusing, say
 from .kinds import DTYPES, KINDS, NO_OPERATION, NO_ROOT, OPERATIONS, count_of, sizes
-from .options import check_writable, json_option
+from .options import as_size, json_option
 
 PROGRAM = "python -m mpicoll.bench.gpu_collectives"
 COLLECTIVES = tuple(name for name, kind in KINDS.items() if kind.ours)
@@ -76,16 +76,6 @@ def _some(allowed: Sequence[str]) -> Callable[[click.Context, click.Parameter, s
     return parse
 
 
-def _size(ctx: click.Context, param: click.Parameter, text: str) -> int:
-    try:
-        size = parse_size(text)
-    except ValueError as error:
-        raise click.BadParameter(str(error).removeprefix("size: ")) from None
-    if size < 1:
-        raise click.BadParameter(f"expected at least 1 byte, got {text!r}")
-    return size
-
-
 @click.command(context_settings={"show_default": True, "help_option_names": ["-h", "--help"]})
 @click.option(
     "--collectives",
@@ -94,8 +84,10 @@ def _size(ctx: click.Context, param: click.Parameter, text: str) -> int:
     default="allreduce,reduce_scatter,broadcast,allgather",
     help="By comma, or all.",
 )
-@click.option("-b", "--min", metavar="SIZE", callback=_size, default="4", help="The smallest size, in bytes.")
-@click.option("-e", "--max", metavar="SIZE", callback=_size, default="1G", help="The largest size.")
+@click.option(
+    "-b", "--min", metavar="SIZE", callback=as_size, default="4", help="The smallest size, in bytes."
+)
+@click.option("-e", "--max", metavar="SIZE", callback=as_size, default="1G", help="The largest size.")
 @click.option("-f", "--factor", type=click.IntRange(min=2), default=4, help="From one size to the next.")
 @click.option("-d", "--types", metavar="LIST", callback=_some(tuple(DTYPES)), default="float", help="Or all.")
 @click.option("-o", "--ops", metavar="LIST", callback=_some(SUMMED), default="sum", help="Or all.")
@@ -114,7 +106,11 @@ def _size(ctx: click.Context, param: click.Parameter, text: str) -> int:
     help="Begin nothing after these seconds",
 )
 @click.option(
-    "--copied", metavar="SIZE", callback=_size, default=format_size(COPIED), help="Of a copy, for the limit."
+    "--copied",
+    metavar="SIZE",
+    callback=as_size,
+    default=format_size(COPIED),
+    help="Of a copy, for the limit.",
 )
 @json_option
 def _command(**given: Any) -> Options:
@@ -150,7 +146,7 @@ def run(
 ) -> int:
     """The exit status, the same on every rank."""
     started = time.monotonic()
-    options = agreed(comm, partial(_parse, comm, args, prog_name))
+    options = agreed(comm, partial(parsed, comm, _command, Options, args, prog_name))
     if options is None:
         return 0
     arrays = make_arrays(comm)
@@ -170,16 +166,6 @@ def run(
 
 
 command = partial(main, run)
-
-
-def _parse(comm: Communicator, args: Sequence[str], prog_name: str) -> Options | None:
-    """None if only ``--help`` was wanted."""
-    outcome = _command.main(list(args), prog_name, standalone_mode=False)
-    if not isinstance(outcome, Options):
-        return None
-    if outcome.json is not None and comm.rank == 0:
-        check_writable("--json", outcome.json)
-    return outcome
 
 
 def _about_gpu(comm: Communicator, arrays: Arrays, options: Options) -> Facts:

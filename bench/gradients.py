@@ -23,9 +23,9 @@ from mpicoll import Communicator
 from mpicoll.transports import arena
 
 from .gradient_contenders import PACKED, PER_TENSOR, ROOM, VIEWS, Contender, Setup, contenders, memcpy, views
-from .jobs import WRONG, about_job, agreed, main, refusing, say
+from .jobs import WRONG, about_job, agreed, main, parsed, refusing, say
 from .models import MODELS, check_room, nbytes
-from .options import check_writable, json_option
+from .options import json_option
 from .overlap import Hidden, measure_overlap, take_turns
 
 WIDTH = 160  # characters; tables are not to be broken into lines
@@ -76,7 +76,7 @@ def _command(**given: Any) -> Options:
 @refusing
 def run(comm: Communicator, args: Sequence[str], prog_name: str = "mpicoll bench gradients") -> int:
     """The exit status, the same on every rank."""
-    options = agreed(comm, partial(_parse, comm, args, prog_name))
+    options = agreed(comm, partial(parsed, comm, _command, Options, args, prog_name))
     if options is None:
         return 0
     report = {**about_job(comm, prog_name, args, vars(options)), **_measure(comm, options)}
@@ -89,16 +89,6 @@ def run(comm: Communicator, args: Sequence[str], prog_name: str = "mpicoll bench
 
 
 command = partial(main, run)
-
-
-def _parse(comm: Communicator, args: Sequence[str], prog_name: str) -> Options | None:
-    """None if only ``--help`` was wanted."""
-    outcome = _command.main(list(args), prog_name, standalone_mode=False)
-    if not isinstance(outcome, Options):
-        return None
-    if outcome.json is not None and comm.rank == 0:
-        check_writable("--json", outcome.json)
-    return outcome
 
 
 def _check_room(comm: Communicator, model: str) -> None:

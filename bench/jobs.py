@@ -7,6 +7,7 @@ import functools
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from io import StringIO
+from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import click
@@ -16,6 +17,7 @@ from mpicoll import Communicator
 from mpicoll.faults import abort_on_exception
 
 from .about import about
+from .options import check_writable
 
 USAGE_ERROR = 2  # the exit status of a command that was asked for what it cannot do
 WRONG = 1  # ... of one that found a wrong result
@@ -70,6 +72,22 @@ def agreed(comm: Communicator, parse: Callable[[], T]) -> T:
     if elsewhere:
         raise click.UsageError(elsewhere[0])
     return options
+
+
+def parsed(
+    comm: Communicator, command: click.Command, options: type[T], args: Sequence[str], prog_name: str
+) -> T | None:
+    """The ``options`` that ``command`` makes of ``args``, with a ``json`` that can be written.
+
+    None if only ``--help`` was wanted. Raises `click.ClickException`.
+    """
+    outcome = command.main(list(args), prog_name, standalone_mode=False)
+    if not isinstance(outcome, options):
+        return None
+    file: Path | None = outcome.json  # type: ignore[attr-defined]
+    if file is not None and comm.rank == 0:  # which writes it
+        check_writable("--json", file)
+    return outcome
 
 
 def say(comm: Communicator, text: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, TypeVar
 
 import click
@@ -11,6 +12,7 @@ from click.core import ParameterSource
 
 from mpicoll import algorithms
 from mpicoll.algorithms.hierarchical import NAME, Topology
+from mpicoll.files import why_unwritable
 from mpicoll.schedule import COLLECTIVES, Schedule
 
 MAX_RANKS = 100_000  # more is a typing error: the largest machines have fewer nodes
@@ -33,6 +35,13 @@ def as_nodes(ctx: click.Context, param: click.Parameter, text: str | None) -> To
     ):
         raise click.BadParameter(f"expected the number of ranks of each node, such as 2,3; got {text!r}")
     return Topology.of_sizes([int(size) for size in sizes])
+
+
+def check_output(ctx: click.Context, param: click.Parameter, path: Path | None) -> Path | None:
+    """A callback of click's: a file, if one is given, that can be written at the end."""
+    if path is not None and (reason := why_unwritable(path)):
+        raise click.BadParameter(f"expected a file that can be written, got {str(path)!r}: {reason}")
+    return path
 
 
 def schedule_options(command: Command) -> Command:

@@ -10,9 +10,9 @@ from click.core import ParameterSource
 
 from mpicoll import exchange
 from mpicoll.exchange import goal, msccl
-from mpicoll.files import replacing, why_unwritable
+from mpicoll.files import replacing
 from mpicoll.schedule import Schedule, run_lengths
-from mpicoll.schedule_options import chosen_schedule, named_options, schedule_options
+from mpicoll.schedule_options import check_output, chosen_schedule, named_options, schedule_options
 from mpicoll.sizes import format_size, parse_size
 
 MOST_RANKS = 10_000
@@ -24,12 +24,6 @@ def _size_option(ctx: click.Context, param: click.Parameter, text: str) -> int:
         return parse_size(text)
     except ValueError as error:
         raise click.BadParameter(str(error).removeprefix("size: ")) from None
-
-
-def _output_option(ctx: click.Context, param: click.Parameter, path: Path | None) -> Path | None:
-    if path is not None and (reason := why_unwritable(path)):
-        raise click.BadParameter(f"expected a file that can be written, got {str(path)!r}: {reason}")
-    return path
 
 
 @click.command("export", context_settings={"help_option_names": ["-h", "--help"]})
@@ -56,7 +50,7 @@ def _output_option(ctx: click.Context, param: click.Parameter, path: Path | None
     "--output",
     metavar="FILE",
     type=click.Path(path_type=Path, dir_okay=False),
-    callback=_output_option,
+    callback=check_output,
     help="Default: print it.",
 )
 def command(format: str, size: int, gamma: float, output: Path | None, **chosen: Any) -> None:

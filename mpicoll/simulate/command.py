@@ -14,9 +14,8 @@ from rich.progress import Progress
 from rich.table import Table
 
 from mpicoll import algorithms
-from mpicoll.files import why_unwritable
 from mpicoll.schedule import COLLECTIVES
-from mpicoll.schedule_options import MOST_CHUNKS
+from mpicoll.schedule_options import MOST_CHUNKS, check_output
 from mpicoll.simulate import candidates, training
 from mpicoll.simulate.engine import Prediction, simulate_sizes
 from mpicoll.simulate.machine import DEFAULT, Machine, MachineError
@@ -56,9 +55,7 @@ def _machine(ctx: click.Context, param: click.Parameter, text: str) -> Machine:
 def _picture(ctx: click.Context, param: click.Parameter, path: Path | None) -> Path | None:
     if path is not None and path.suffix.lower() not in SUFFIXES:
         raise click.BadParameter(f"expected a name that ends in {', '.join(SUFFIXES)}; got {str(path)!r}")
-    if path is not None and (reason := why_unwritable(path)):
-        raise click.BadParameter(f"expected a file that can be written, got {str(path)!r}: {reason}")
-    return path
+    return check_output(ctx, param, path)
 
 
 _FILE = click.Path(path_type=Path)
